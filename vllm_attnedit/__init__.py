@@ -16,16 +16,14 @@ register_when_imported()
 
 
 def register() -> None:
-    """Register the edited architecture with vLLM: the ``vllm.general_plugins`` entry point.
+    """Register edited models with vLLM: the ``vllm.general_plugins`` entry point.
 
-    Called once in every vLLM process, idempotent, touches no device.
-
-    Raises:
-        AttnEditError: if the installed vLLM is outside the supported window.
+    Called in every vLLM process; idempotent, touches no device. With a vLLM outside the supported
+    window it logs one error line and registers nothing.
     """
-    from vllm_attnedit.compat import check_vllm_version
+    from vllm_attnedit.compat import host_is_supported
 
-    check_vllm_version()
-    from vllm_attnedit.plugin import register_with_vllm
+    if host_is_supported():
+        from vllm_attnedit.plugin import register_with_vllm
 
-    register_with_vllm()
+        register_with_vllm()

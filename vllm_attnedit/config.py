@@ -146,6 +146,8 @@ class AttnEditConfig(PreTrainedConfig):
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ["past_key_values"]
+    # Mixture-of-experts teachers store one name and read the other.
+    attribute_map = {"num_experts": "num_local_experts"}
 
     def __init__(
         self,

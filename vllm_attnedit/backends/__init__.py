@@ -1,0 +1,1 @@
+"""Attention backends: metadata, builder and implementation, per device."""

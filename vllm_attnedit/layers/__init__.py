@@ -1,0 +1,1 @@
+"""Edited attention as vLLM layers."""

@@ -1,0 +1,115 @@
+"""GateSWA attention as a vLLM layer: the teacher's attention, windowed and gated.
+
+Shapes: T tokens of the batch, N query heads and K KV heads of this rank, D head width, E hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.rotary_embedding import get_rope
+
+from vllm_attnedit.config import SLIDING, AttnEditConfig
+
+
+def gate_projection(config: AttnEditConfig, prefix: str) -> ColumnParallelLinear | None:
+    """``g_proj``, sharded by head. Never quantised: it is small, and a head-wise gate's rows are
+    too few for group scales."""
+    if config.gate_size == 0:
+        return None
+    return ColumnParallelLinear(
+        config.hidden_size,
+        config.gate_size,
+        bias=False,
+        quant_config=None,
+        prefix=f"{prefix}.g_proj",
+    )
+
+
+def apply_gate(attn: Tensor, logits: Tensor, num_heads: int) -> Tensor:
+    """``attn * sigmoid(logits)`` with the product in float32.
+
+    Args:
+        attn: ``(T, N * D)``.
+        logits: ``(T, N)`` or ``(T, N * D)``.
+    """
+    gate = torch.sigmoid(logits.float()).unflatten(-1, (num_heads, -1))
+    return (attn.float().unflatten(-1, (num_heads, -1)) * gate).flatten(-2).to(attn.dtype)
+
+
+class GatedAttention(nn.Module):
+    """One GateSWA layer, full or windowed; held to :class:`vllm_attnedit.hf.GatedAttention`."""
+
+    def __init__(self, vllm_config: VllmConfig, layer_idx: int, prefix: str) -> None:
+        super().__init__()
+        config: AttnEditConfig = vllm_config.model_config.hf_text_config
+        cache_config, quant_config = vllm_config.cache_config, vllm_config.quant_config
+        tp_size = get_tensor_model_parallel_world_size()
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads // tp_size
+        # With fewer KV heads than ranks, each rank holds a copy of one.
+        self.num_kv_heads = max(1, config.num_key_value_heads // tp_size)
+        self.q_size = self.num_heads * self.head_dim
+        self.kv_size = self.num_kv_heads * self.head_dim
+
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            self.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=config.qkv_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * self.head_dim,
+            config.hidden_size,
+            bias=config.o_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.g_proj = gate_projection(config, prefix)
+        self.has_qk_norm = config.family.qk_norm
+        if self.has_qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.rotary_emb = get_rope(
+            self.head_dim,
+            max_position=config.max_position_embeddings,
+            rope_parameters=config.rope_parameters,
+        )
+        window = config.edit.layer_types[layer_idx] == SLIDING
+        self.attn = Attention(
+            self.num_heads,
+            self.head_dim,
+            self.head_dim**-0.5,
+            num_kv_heads=self.num_kv_heads,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            per_layer_sliding_window=config.sliding_window if window else None,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        """``positions`` (T,), ``hidden_states`` (T, E), normed; returns (T, E)."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        if self.has_qk_norm:
+            q = self.q_norm(q.reshape(-1, self.num_heads, self.head_dim)).flatten(-2)
+            k = self.k_norm(k.reshape(-1, self.num_kv_heads, self.head_dim)).flatten(-2)
+        q, k = self.rotary_emb(positions, q, k)
+        attn = self.attn(q, k, v)
+        if self.g_proj is not None:
+            gate, _ = self.g_proj(hidden_states)
+            attn = apply_gate(attn, gate, self.num_heads)
+        output, _ = self.o_proj(attn)
+        return output

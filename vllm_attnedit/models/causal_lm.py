@@ -1,0 +1,97 @@
+"""``AttnEditForCausalLM`` for vLLM: one architecture for every family and target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
+from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
+from vllm.sequence import IntermediateTensors
+
+from vllm_attnedit.config import LATENT, AttnEditConfig
+from vllm_attnedit.errors import AttnEditError
+from vllm_attnedit.models.decoder import AttnEditModel
+from vllm_attnedit.models.weights import WeightLoader
+
+
+def check_servable(config: AttnEditConfig, tp_size: int) -> None:
+    """Refuse what the reference model runs but the engine cannot, with the reason.
+
+    Raises:
+        AttnEditError: for latent layers mixed with others, or heads that do not divide over ranks.
+    """
+    types = set(config.edit.layer_types)
+    if LATENT in types and len(types) > 1:
+        raise AttnEditError(
+            "attention_edit.layer_types",
+            ", ".join(sorted(types)),
+            "use latent_attention in all layers or in none: their cache pages differ in size",
+        )
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % tp_size:
+        raise AttnEditError(
+            "--tensor-parallel-size", tp_size, f"use a divisor of the {heads} attention heads"
+        )
+    if LATENT not in types and kv_heads % tp_size and tp_size % kv_heads:
+        raise AttnEditError(
+            "--tensor-parallel-size", tp_size, f"use a divisor or multiple of {kv_heads} KV heads"
+        )
+
+
+class AttnEditForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
+    """The served model; held to :class:`vllm_attnedit.hf.AttnEditForCausalLM`."""
+
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: AttnEditConfig = vllm_config.model_config.hf_text_config
+        check_servable(config, get_tensor_model_parallel_world_size())
+        self.config = config
+        self.quant_config = vllm_config.quant_config
+        if set(config.edit.layer_types) == {LATENT}:
+            # No layer has a fused qkv_proj: a latent layer's q_proj stands alone.
+            self.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+        self.model = AttnEditModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        if not get_pp_group().is_last_rank:
+            self.lm_head: nn.Module = PPMissingLayer()
+        elif config.tie_word_embeddings:
+            self.lm_head = self.model.embed_tokens
+        else:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=self.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        """Hidden states (T, hidden) of the batch's tokens."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loader = WeightLoader(self, self.config, quantized=self.quant_config is not None)
+        return loader.load(weights)

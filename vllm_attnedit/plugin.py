@@ -1,0 +1,18 @@
+"""Registration with vLLM: a table of names, idempotent, no device touched."""
+
+from __future__ import annotations
+
+from vllm_attnedit.autoclasses import register_config
+from vllm_attnedit.config import ARCHITECTURE
+
+# architecture -> "module:class", imported by vLLM only when such a model is loaded
+MODELS = {ARCHITECTURE: "vllm_attnedit.models.causal_lm:AttnEditForCausalLM"}
+
+
+def register_with_vllm() -> None:
+    """Make vLLM know the configuration and the architecture of edited checkpoints."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    register_config()
+    for architecture, target in MODELS.items():
+        ModelRegistry.register_model(architecture, target)
