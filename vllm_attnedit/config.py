@@ -177,7 +177,7 @@ class AttnEditConfig(PreTrainedConfig):
             attention_edit = AttentionEdit.from_dict(attention_edit)
         check_fit(attention_edit, **{k: values[k] for k in _FIT_FIELDS})
         super().__init__(
-            architectures=teacher_fields.get("architectures", [ARCHITECTURE]),
+            architectures=[ARCHITECTURE],
             attn_implementation=teacher_fields.get("attn_implementation"),
             base_model_type=family.model_type,
             attention_edit=attention_edit.to_dict(),

@@ -58,7 +58,7 @@ def tiny_config(family: str = "qwen3", **overrides: Any) -> PreTrainedConfig:
 
 
 @torch.no_grad()
-def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Weights at the scale of a trained model, whatever the family's own initialisation is."""
 
     def noise(parameter: nn.Parameter) -> torch.Tensor:
@@ -79,7 +79,7 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
 def tiny_model(family: str = "qwen3", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A tiny teacher in memory, in float32 and evaluation mode."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
-    _randomise(model, torch.Generator().manual_seed(seed))
+    randomise(model, torch.Generator().manual_seed(seed))
     return model.float().eval()
 
 
