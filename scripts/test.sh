@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The tests: bash scripts/test.sh [all|quality|unit|integration|e2e] [pytest arguments]
+#
+#   quality      lint, format and types
+#   unit         tests/unit, on one thread
+#   integration  tests/integration: the vLLM engine on tiny random checkpoints
+#   e2e          tests/e2e: commands and servers on a real model, which is fetched first
+#   all          these four in this order (the default); the first failure ends the run
+#
+# tests/gpu and tests/ascend need their device and are run with pytest directly.
+set -euo pipefail
+
+suite=${1:-all}
+[[ $# -eq 0 ]] || shift
+case $suite in
+    all) parts=(quality unit integration e2e) ;;
+    quality | unit | integration | e2e) parts=("$suite") ;;
+    *)
+        echo "error: suite $suite: choose all, quality, unit, integration or e2e" >&2
+        exit 2
+        ;;
+esac
+
+. "$(dirname "${BASH_SOURCE[0]}")/setup_cpu.sh"
+
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false
+export PATH="$PWD/.venv/bin:$PATH"
+
+run_quality() {
+    echo "== ruff check"
+    ruff check .
+    echo "== ruff format --check"
+    ruff format --check .
+    echo "== mypy"
+    mypy
+}
+
+run_pytest() {
+    python -m pytest --durations=10 --durations-min=1 "$@" </dev/null
+}
+
+times=()
+finished() {
+    local status=$?
+    ((${#times[@]} == 0)) || printf 'passed:%s\n' "$(printf ' %s' "${times[@]}")"
+    ((status == 0)) || echo "failed: $part (status $status)"
+}
+part=setup
+trap finished EXIT
+
+for part in "${parts[@]}"; do
+    started=$SECONDS
+    printf '\n==== %s\n' "$part"
+    case $part in
+        quality) run_quality ;;
+        unit) OMP_NUM_THREADS=1 run_pytest tests/unit "$@" ;;
+        integration) run_pytest tests/integration "$@" ;;
+        e2e)
+            python -m examples.quickstart.teacher
+            run_pytest tests/e2e "$@"
+            ;;
+    esac
+    times+=("$part $((SECONDS - started)) s,")
+done
