@@ -1,0 +1,6 @@
+"""Checks of an installation, behind ``attnedit doctor``."""
+
+from vllm_attnedit.doctor.checks import CHECKS, DEVICES
+from vllm_attnedit.doctor.host import Finding, Host, ProbeError
+
+__all__ = ["CHECKS", "DEVICES", "Finding", "Host", "ProbeError"]
