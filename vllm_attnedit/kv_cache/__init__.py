@@ -1,0 +1,1 @@
+"""KV-cache specifications and block managers of edited layers."""

@@ -1,0 +1,236 @@
+"""Block management of GateSWA window layers: memory for the window, and for nothing else.
+
+vLLM's own window manager stores a prefill chunk whole before it drops what lies outside the window.
+Here a chunk's tokens that leave the window by its end get the null block: the backend attends to the
+chunk's dense keys and values and stores only the tail. Two rules make that safe, and the backend
+(:mod:`vllm_attnedit.backends.gateswa`) keeps its side of both:
+
+* In a step with any chunk, a layer reads the cached tails of all requests *before* it writes. So
+  the blocks of a running request that lie wholly before its chunk and leave the window by the
+  chunk's end can be returned when the chunk is scheduled: whoever gets them writes them only after
+  they were read.
+* A write to the null block is skipped.
+
+Reading before writing has a price: a block that this step writes cannot serve a hit of this step. So
+blocks get their hash when the next step starts.
+
+A chunk is a step of more than ``1 + num_speculative_tokens`` tokens. Smaller steps are decodes: they
+write first, then read pages, and their blocks are kept as vLLM keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.request import Request
+
+from vllm_attnedit.kv_cache.retention import RetainedTails, branch_points
+
+
+class GateSWAManager(SlidingWindowManager):
+    """One window group's blocks. Per request it keeps vLLM's ``req_to_blocks`` list, null where the
+    window has passed, and two marks: how far that list is known to be null, and whether the worker
+    already knows the request's blocks."""
+
+    def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.num_speculative_tokens: int = kv_cache_spec.num_speculative_tokens
+        self.null_below: dict[str, int] = {}
+        self.computed_tokens: dict[str, int] = {}
+        self.known_to_worker: set[str] = set()
+        self.written: dict[str, tuple[Request, int, int | None]] = {}
+        self.tails = RetainedTails(self.sliding_window, self.block_size)
+
+    # The chunk, and what of it is stored
+
+    def _is_chunk(self, computed_tokens: int, num_tokens_main_model: int) -> bool:
+        return num_tokens_main_model - computed_tokens > 1 + self.num_speculative_tokens
+
+    def _first_needed_block(self, num_tokens: int) -> int:
+        """The first block that somebody may still read once ``num_tokens`` tokens are computed.
+
+        The next query sees ``W - 1`` tokens back, also if the step's drafts are rejected. Another
+        request may resume at the last full block: it needs the window's tail before *that*, up to
+        one block more.
+        """
+        tokens = max(0, num_tokens - self.num_speculative_tokens)
+        if self.enable_caching:
+            return max(0, tokens // self.block_size - self.tails.tail_blocks)
+        return self.get_num_skipped_tokens(tokens) // self.block_size
+
+    def _null_blocks_ahead(
+        self, request_id: str, held: int, num_tokens: int, num_tokens_main_model: int
+    ) -> list[bool]:
+        """For each block from ``held`` to the first needed one: whether it is retained (True) or
+        null (False)."""
+        required = cdiv(num_tokens, self.block_size)
+        end = min(self._first_needed_block(num_tokens_main_model), required)
+        return [self.tails.retains_ahead(request_id, i) for i in range(held, end)]
+
+    # vLLM's interface
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[list[KVCacheBlock], ...]:
+        """vLLM's search, plus a note of where the other groups had more: a branching point."""
+        hit = super().find_longest_cache_hit(
+            block_hashes,
+            max_length,
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec,
+            drop_eagle_block,
+            alignment_tokens,
+            dcp_world_size,
+            pcp_world_size,
+        )
+        hit_tokens = len(hit[0]) * kv_cache_spec.block_size
+        branch_points(block_pool).note(hit_tokens, max_length)
+        return hit
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+    ) -> int:
+        """vLLM's count less the null blocks that :meth:`allocate_new_blocks` will put in."""
+        if request_id not in self.computed_tokens and self.enable_caching:
+            self.tails.arrive(request_id, branch_points(self.block_pool))
+        self.computed_tokens[request_id] = total_computed_tokens
+        count = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+        )
+        if apply_admission_cap or not self._is_chunk(total_computed_tokens, num_tokens_main_model):
+            return count
+        held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
+        if request_id not in self.num_cached_block:
+            skipped = self.get_num_skipped_tokens(total_computed_tokens) // self.block_size
+            held = max(held, skipped)
+        ahead = self._null_blocks_ahead(request_id, held, num_tokens, num_tokens_main_model)
+        return max(0, count - ahead.count(False))
+
+    def allocate_new_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Take over a hit."""
+        if new_computed_blocks:
+            self.tails.hit(request_id, len(new_computed_blocks), new_computed_blocks[-1])
+        super().allocate_new_computed_blocks(
+            request_id,
+            new_computed_blocks,
+            num_local_computed_tokens,
+            num_external_computed_tokens,
+        )
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Blocks for the step: null where the chunk leaves the window, real from there on."""
+        computed = self.computed_tokens.get(request_id, 0)
+        added: list[KVCacheBlock] = []
+        if self._is_chunk(computed, num_tokens_main_model):
+            if request_id in self.known_to_worker:
+                # Read by this step before anything is written. The block that the chunk starts
+                # in stays: its rest is written.
+                before_chunk = computed // self.block_size
+                first_needed = self._first_needed_block(num_tokens_main_model)
+                self._release(request_id, min(first_needed, before_chunk))
+            blocks = self.req_to_blocks[request_id]
+            for retained in self._null_blocks_ahead(
+                request_id, len(blocks), num_tokens, num_tokens_main_model
+            ):
+                block = self.block_pool.get_new_blocks(1)[0] if retained else self._null_block
+                blocks.append(block)
+                added.append(block)
+        added += super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        self.known_to_worker.add(request_id)
+        self.tails.scheduled(request_id, computed, num_tokens_main_model)
+        return added
+
+    def cache_blocks(
+        self, request: Request, num_tokens: int, retention_interval: int | None = None
+    ) -> None:
+        """Have the step's full blocks hashed once it is over; keep the prompt's tail for a replay."""
+        self.tails.prompt(
+            request.request_id, request.num_prompt_tokens, self.scheduler_block_size
+        )
+        self.written[request.request_id] = (request, num_tokens, retention_interval)
+
+    def new_step_starts(self) -> None:
+        """Hash what the last step wrote."""
+        for written in self.written.values():
+            super().cache_blocks(*written)
+        self.written.clear()
+
+    def remove_skipped_blocks(self, request_id: str, total_computed_tokens: int) -> None:
+        """Return what left the window. vLLM stops at the first null block; here null blocks and
+        real ones alternate, so it would leak."""
+        self._release(request_id, self._first_needed_block(total_computed_tokens))
+
+    def _release(self, request_id: str, end: int) -> None:
+        """Return the real blocks before index ``end``.
+
+        Those that can serve a later hit keep their hash and are reused last; the others lose it
+        and are reused first.
+        """
+        blocks = self.req_to_blocks.get(request_id)
+        if not blocks:
+            return
+        start, end = self.null_below.get(request_id, 0), min(end, len(blocks))
+        cached: list[KVCacheBlock] = []
+        scratch: list[KVCacheBlock] = []
+        for i in range(end - 1, start - 1, -1):
+            block = blocks[i]
+            if block.is_null:
+                continue
+            if not self.tails.keeps(request_id, i, block) and block.ref_cnt == 1:
+                self.block_pool.evict_blocks({block.block_id})
+            (scratch if block.block_hash is None else cached).append(block)
+            blocks[i] = self._null_block
+        self.null_below[request_id] = max(start, end)
+        self.block_pool.free_blocks(cached)
+        self.block_pool.free_blocks(scratch, prepend=True)
+
+    def free(self, request_id: str) -> None:
+        """Return everything. A finished request's last tail stays cached for the next turn; a
+        preempted one may not have written it."""
+        written = self.written.pop(request_id, None)
+        if written is not None and written[0].is_finished():
+            super().cache_blocks(*written)
+            held = self.req_to_blocks.get(request_id, [])
+            last = next((b for b in reversed(held) if b.block_hash is not None), None)
+            self.block_pool.evict_blocks(self.tails.finish(request_id, last))
+        super().free(request_id)
+        self.null_below.pop(request_id, None)
+        self.computed_tokens.pop(request_id, None)
+        self.known_to_worker.discard(request_id)
+        self.tails.forget(request_id)
