@@ -92,7 +92,7 @@ def test_mla_under_tensor_parallelism_is_told_plainly(attnedit: Attnedit, tmp_pa
     assert "not sharded" in warning
     done = attnedit("kv", folder, "--tp", "4")
     assert done.code == 0
-    assert f"warning: {warning}" in " ".join(done.out.split())
+    assert f"warning: {warning}" in done.out.splitlines()
     assert "41,472 B +12.5%" in done.out
 
 

@@ -99,7 +99,7 @@ def _print_report(report: dict[str, Any], console: Console) -> None:
         console.print(f"\nRequests that fit in {memory} of KV memory on each GPU")
         console.print(_per_request(models, lambda request: f"{request['fit']:,}"))
     for warning in report["warnings"]:
-        console.print(f"warning: {warning}", style="red", highlight=False)
+        console.print(f"warning: {warning}", style="red", highlight=False, soft_wrap=True)
 
 
 def _per_token(models: list[dict[str, Any]]) -> Table:
