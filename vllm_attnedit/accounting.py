@@ -126,17 +126,11 @@ def kv_bytes_per_request(
     """Bytes that a request of ``length`` tokens (prompt and answer) holds on a GPU.
 
     Args:
-        config: of an edited model or a plain teacher.
         length: tokens, >= 1.
-        kv_dtype: a key of :data:`KV_DTYPE_BYTES`.
-        tp: tensor-parallel GPUs; with 1 (and ``pp`` 1) the result is the whole model's.
-        pp: pipeline stages; the result is that of the stage which holds most.
-        block_size: tokens a block, to count whole blocks as vLLM allocates them; ``None`` counts
-            exact tokens.
+        block_size: tokens a block, >= 1, to count whole blocks as vLLM allocates them; ``None``
+            counts exact tokens.
 
-    Raises:
-        AttnEditError: for an unknown dtype, a length or block size below 1, or a tp or pp that does
-            not fit the model.
+    The others, and what is raised, are those of :func:`kv_bytes_per_token`.
     """
     _require_positive("length", length)
     if block_size is not None:
@@ -194,9 +188,8 @@ def kv_reduction(
     def held(of: Any) -> int:
         if length is None:
             return kv_bytes_per_token(of, kv_dtype=kv_dtype, tp=tp, pp=pp)
-        return kv_bytes_per_request(
-            of, length, kv_dtype=kv_dtype, tp=tp, pp=pp, block_size=block_size
-        )
+        sizes: dict[str, Any] = {"tp": tp, "pp": pp, "block_size": block_size}
+        return kv_bytes_per_request(of, length, kv_dtype=kv_dtype, **sizes)
 
     if held(teacher) == 0:
         fix = "give a length: this teacher has window layers only, whose limit is 0 bytes a token"
