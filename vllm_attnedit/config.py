@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+# Not from the package's root: that would import the Auto classes, whose import waits for this module
+# to register it (see vllm_attnedit.autoclasses).
+from transformers.configuration_utils import PreTrainedConfig
 
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.families import Family, get_family
@@ -163,7 +165,7 @@ class AttnEditConfig(PreTrainedConfig):
             if k not in _REPLACED_BY_EDIT and k not in _NOT_OF_TEACHER
         }
         # The family's own class fills in defaults and normalises old spellings (rope_theta, ...).
-        teacher = CONFIG_MAPPING[base_model_type](**kept)
+        teacher = _teacher_class(base_model_type)(**kept)
         values = {
             k: v
             for k, v in teacher.to_dict().items()
@@ -227,9 +229,16 @@ class AttnEditConfig(PreTrainedConfig):
         """The teacher's configuration: a new object of the family's own class."""
         skip = ("base_model_type", "attention_edit", "provenance", *_NOT_OF_TEACHER)
         kept = {k: v for k, v in self.to_dict().items() if k not in skip}
-        config = CONFIG_MAPPING[self.base_model_type](**kept)
+        config = _teacher_class(self.base_model_type)(**kept)
         config._attn_implementation = self._attn_implementation
         return config
+
+
+def _teacher_class(model_type: str) -> type[PreTrainedConfig]:
+    from transformers import CONFIG_MAPPING
+
+    cls: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
+    return cls
 
 
 _FIT_FIELDS = ("num_hidden_layers", "num_attention_heads", "head_dim")

@@ -13,6 +13,9 @@ def register_with_vllm() -> None:
     """Make vLLM know the configuration and the architecture of edited checkpoints."""
     from vllm.model_executor.models.registry import ModelRegistry
 
+    from vllm_attnedit.kv_cache.spec import register_spec
+
     register_config()
+    register_spec()
     for architecture, target in MODELS.items():
         ModelRegistry.register_model(architecture, target)

@@ -58,6 +58,13 @@ def test_auto_classes_know_the_model_whatever_the_import_order(imports: str):
     assert run(AUTO.format(imports=imports)) == "vllm_attnedit.hf.modeling"
 
 
+@pytest.mark.parametrize(
+    "module", ["config", "tensors", "accounting", "hf", "edit", "models.causal_lm", "cli", "plugin"]
+)
+def test_every_module_can_be_the_first_import(module: str):
+    run(f"import vllm_attnedit.{module}; from transformers import AutoModelForCausalLM")
+
+
 def test_transformers_alone_is_left_as_it_was():
     code = """
         from transformers import AutoConfig, CONFIG_MAPPING

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_attnedit.config import SLIDING, AttnEditConfig
+from vllm_attnedit.layers.window import WindowAttention, window_backend
 
 
 def gate_projection(config: AttnEditConfig, prefix: str) -> ColumnParallelLinear | None:
@@ -88,7 +89,9 @@ class GatedAttention(nn.Module):
             rope_parameters=config.rope_parameters,
         )
         window = config.edit.layer_types[layer_idx] == SLIDING
-        self.attn = Attention(
+        backend = window_backend(vllm_config) if window else None
+        # Full layers, and window layers without a backend of their own, take what vLLM selects.
+        self.attn = (Attention if backend is None else WindowAttention)(
             self.num_heads,
             self.head_dim,
             self.head_dim**-0.5,
@@ -97,6 +100,7 @@ class GatedAttention(nn.Module):
             quant_config=quant_config,
             per_layer_sliding_window=config.sliding_window if window else None,
             prefix=f"{prefix}.attn",
+            attn_backend=backend,
         )
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -107,9 +111,12 @@ class GatedAttention(nn.Module):
             q = self.q_norm(q.reshape(-1, self.num_heads, self.head_dim)).flatten(-2)
             k = self.k_norm(k.reshape(-1, self.num_kv_heads, self.head_dim)).flatten(-2)
         q, k = self.rotary_emb(positions, q, k)
-        attn = self.attn(q, k, v)
-        if self.g_proj is not None:
-            gate, _ = self.g_proj(hidden_states)
-            attn = apply_gate(attn, gate, self.num_heads)
+        gate = None if self.g_proj is None else self.g_proj(hidden_states)[0]
+        if isinstance(self.attn, WindowAttention):
+            attn = self.attn.forward_gated(q, k, v, gate)
+        else:
+            attn = self.attn(q, k, v)
+            if gate is not None:
+                attn = apply_gate(attn, gate, self.num_heads)
         output, _ = self.o_proj(attn)
         return output

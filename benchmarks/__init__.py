@@ -1,0 +1,1 @@
+"""Benchmarks: kernels and serving, each writing results with their provenance."""

@@ -1,0 +1,88 @@
+"""Checkpoints without weights: the true dimensions of the models the project is measured on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_attnedit.config import FULL, LATENT, SLIDING, AttentionEdit, AttnEditConfig
+
+_QWEN3 = {
+    "vocab_size": 151_936,
+    "max_position_embeddings": 40_960,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "bos_token_id": 151_643,
+    "eos_token_id": 151_645,
+    "dtype": "bfloat16",
+}
+
+# Hugging Face: Qwen/Qwen3-8B and Qwen/Qwen3-30B-A3B, config.json
+TEACHERS: dict[str, dict[str, Any]] = {
+    "qwen3-8b": {
+        **_QWEN3,
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "qwen3-30b-a3b": {
+        **_QWEN3,
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def edit_for(teacher: dict[str, Any], target: str, window: int = 128) -> AttentionEdit:
+    """The default edit of a teacher: every sixth layer full, or latents of 512 + 64."""
+    layers = teacher["num_hidden_layers"]
+    if target == "gateswa":
+        types = tuple(FULL if i % 6 == 5 else SLIDING for i in range(layers))
+        return AttentionEdit(layer_types=types, sliding_window=window, gate="headwise")
+    return AttentionEdit(
+        layer_types=(LATENT,) * layers,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=teacher["head_dim"],
+        v_head_dim=teacher["head_dim"],
+    )
+
+
+def write_model(name: str, target: str, folder: Path, window: int = 128) -> Path:
+    """Write ``config.json`` of a teacher (``target="full"``) or of its edit; returns the folder.
+
+    Serve it with ``--load-format dummy`` and token ids as prompts: speed and memory do not depend
+    on the values of the weights.
+    """
+    teacher = TEACHERS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    if target == "full":
+        (folder / "config.json").write_text(json.dumps(teacher, indent=2))
+    else:
+        config = AttnEditConfig(
+            base_model_type=teacher["model_type"],
+            attention_edit=edit_for(teacher, target, window),
+            **{k: v for k, v in teacher.items() if k not in ("model_type", "architectures")},
+        )
+        config.save_pretrained(folder)
+    return folder

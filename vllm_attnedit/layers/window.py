@@ -1,0 +1,117 @@
+"""A window layer's attention: which backend serves it, and how the gate gets there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import unified_attention_with_output
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import _encode_layer_name
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+
+from vllm_attnedit.backends.gateswa_triton import decode_query_len
+from vllm_attnedit.errors import AttnEditError
+from vllm_attnedit.kv_cache.spec import GateSWASpec
+
+logger = init_logger(__name__)
+
+BACKEND_OPTION = "attnedit_window_backend"
+"""Key of vLLM's ``--additional-config``: ``auto`` (default) or ``stock``, the control of benchmarks:
+vLLM's own window attention and allocation, with the gate applied outside."""
+
+
+def stock_reason(vllm_config: VllmConfig) -> str | None:
+    """Why this configuration keeps vLLM's own window attention; ``None`` if it need not.
+
+    Raises:
+        AttnEditError: for an unknown option, or for decode context parallelism, which no window
+            attention in vLLM supports.
+    """
+    option = (vllm_config.additional_config or {}).get(BACKEND_OPTION, "auto")
+    if option not in ("auto", "stock"):
+        raise AttnEditError(f"--additional-config {BACKEND_OPTION}", option, "use auto or stock")
+    ranks = vllm_config.parallel_config.decode_context_parallel_size
+    if ranks > 1:
+        raise AttnEditError(
+            "--decode-context-parallel-size", ranks, "use 1: window layers cannot be split over it"
+        )
+    if option == "stock":
+        return f"{BACKEND_OPTION} is stock"
+    if vllm_config.kv_transfer_config is not None:
+        return "a KV connector is configured, which may read pages after they were returned"
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return "the hybrid KV-cache manager is off"
+    if vllm_config.parallel_config.use_ubatching:
+        return "micro-batching is on, which reorders reads and writes"
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        return f"there is no window backend for {current_platform.device_type} yet"
+    return None
+
+
+def window_backend(vllm_config: VllmConfig) -> type[AttentionBackend] | None:
+    """The backend of window layers on this platform, or ``None`` for vLLM's own, with one log line."""
+    reason = stock_reason(vllm_config)
+    if reason is not None:
+        logger.warning_once(
+            "Window layers use vLLM's own attention and allocation (more KV memory): %s.", reason
+        )
+        return None
+    if current_platform.is_cpu():
+        from vllm_attnedit.backends.gateswa_cpu import GateSWACPUBackend
+
+        return GateSWACPUBackend
+    from vllm_attnedit.backends.gateswa_triton import GateSWATritonBackend
+
+    return GateSWATritonBackend
+
+
+class WindowAttention(Attention):
+    """vLLM's attention layer with this project's cache specification and a gate.
+
+    The gate logits travel as ``output_scale`` of vLLM's own attention operator: it is already a
+    split point of compiled graphs, so piecewise and full CUDA graphs work as they do for vLLM.
+    """
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        spec = super().get_kv_cache_spec(vllm_config)
+        assert isinstance(spec, SlidingWindowSpec)
+        return GateSWASpec(
+            block_size=spec.block_size,
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            head_size_v=spec.head_size_v,
+            dtype=spec.dtype,
+            kv_quant_mode=spec.kv_quant_mode,
+            sliding_window=spec.sliding_window,
+            num_speculative_tokens=decode_query_len(vllm_config) - 1,
+        )
+
+    def forward_gated(self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
+        """Attend and gate.
+
+        Args:
+            query: ``(T, N * D)``.
+            key: ``(T, K * D)``.
+            value: ``(T, K * D)``.
+            gate: logits ``(T, N)`` or ``(T, N * D)``, or ``None``.
+
+        Returns:
+            ``(T, N * D)``.
+        """
+        output = torch.empty_like(query).view(-1, self.num_heads, self.head_size)
+        arguments = (
+            query.view(-1, self.num_heads, self.head_size),
+            key.view(-1, self.num_kv_heads, self.head_size),
+            value.view(-1, self.num_kv_heads, self.head_size),
+            output,
+        )
+        if self.use_direct_call:
+            unified_attention_with_output(*arguments, self.layer_name, output_scale=gate)
+        else:
+            name = _encode_layer_name(self.layer_name)
+            torch.ops.vllm.unified_attention_with_output(*arguments, name, output_scale=gate)
+        return output.flatten(1)
