@@ -1,0 +1,258 @@
+"""The state of a run on disk: weights, optimiser, place in the data, random generators, provenance.
+
+A checkpoint is a folder ``step-00000500`` that appears complete or not at all. It is independent of
+the number of devices: sharded tensors are gathered, and layers that were shared out are merged.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.config import Config
+from training.files import disk_errors, publish, read_json, temporary_of, write_json
+from training.optim import moments, restore_moments
+from training.options import flatten
+from training.parallel import Devices, fill, whole
+from training.parts import PartsReader, write_parts
+from training.stage import Stage
+from vllm_attnedit.errors import AttnEditError
+
+STATE = "state.json"
+GENERATORS = "generator/"
+"""Start of the names of random generators' states, which lie beside the weights."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Where things are and how they are computed may change between two parts of a run; what is computed
+# may not. The data itself is compared by its hash.
+_FREE = (
+    "teacher", "student", "output", "data.sources", "data.shards", "run.device", "run.attention",
+    "run.compile", "run.gradient_checkpointing", "run.sharding", "run.minutes", "run.deterministic",
+    "optim.micro_batch", "stage2.chunk_tokens", "stage2.cache", "stage1.split", "checkpoint.", "log.",
+    "generate.", "evaluate.", "choose.",
+)  # fmt: skip
+_OF_STAGE = {"stage1": "stage2.", "stage2": "stage1."}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on.
+
+    Attributes:
+        step: the next step, from 0.
+        optimizer_steps: that AdamW has taken with its present moments.
+        restarted: step at which the moments were lost, if they were.
+        path: of the checkpoint; ``None`` for a fresh start.
+    """
+
+    step: int = 0
+    optimizer_steps: int = 0
+    restarted: int | None = None
+    path: Path | None = None
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        AttnEditError: if it is no checkpoint.
+    """
+    state = read_json(path / STATE, "checkpoint.resume")
+    if not isinstance(state, dict) or "step" not in state:
+        raise AttnEditError("checkpoint.resume", path, "give the folder of a checkpoint (step-...)")
+    return state
+
+
+class Checkpoints:
+    """Saves and restores one run.
+
+    Args:
+        config: of the run.
+        devices: of the run.
+        data_hash: of its shards.
+        provenance: what every checkpoint says of its origin.
+    """
+
+    def __init__(
+        self, config: Config, devices: Devices, data_hash: str, provenance: dict[str, Any]
+    ) -> None:
+        self.folder = Path(config.output) / "checkpoints"
+        self._config, self._devices, self._data_hash = config, devices, data_hash
+        self._provenance = provenance
+
+    def newest(self) -> Path | None:
+        """The last complete checkpoint of this run."""
+        return next(reversed(find_checkpoints(self.folder)), None)
+
+    def save(
+        self, stage: Stage, optimizer: torch.optim.Optimizer, step: int, resumed: Resumed
+    ) -> Path:
+        """Write the state after ``step`` steps; older checkpoints beyond ``keep`` go.
+
+        Raises:
+            AttnEditError: on every process, if one of them cannot write; older checkpoints stay.
+        """
+        final = self.folder / f"step-{step:08d}"
+        if final.is_dir():
+            return final
+        temporary = temporary_of(final)
+        failure: AttnEditError | None = None
+        if self._devices.main:
+            failure = _attempt(final, lambda: _fresh(temporary))
+        self._devices.barrier()
+        # Every process takes part in gathering, whatever became of its disk.
+        steps = step - (resumed.restarted or 0)
+        failure = failure or _attempt(final, lambda: self._write(temporary, stage, optimizer))
+        if not self._devices.any(failure is not None) and self._devices.main:
+            state = self._state(stage, step, steps)
+            failure = _attempt(final, lambda: _finish(temporary, final, state))
+        if self._devices.any(failure is not None):
+            if self._devices.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise failure or AttnEditError(str(final), "another process failed", "see its message")
+        if self._devices.main:
+            for old in find_checkpoints(self.folder)[: -self._config.checkpoint.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        self._devices.barrier()
+        return final
+
+    def _write(self, folder: Path, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
+        how, rank = self._config.checkpoint, self._devices.rank
+        limit = int(how.parts_mb * (1 << 20)) if how.parts_mb else None
+        writes = self._devices.main or stage.split_layers
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            yield f"{GENERATORS}cpu.{rank}", torch.get_rng_state()
+            if self._devices.device.type == "cuda":
+                yield f"{GENERATORS}cuda.{rank}", torch.cuda.get_rng_state(self._devices.device)
+            for name, parameter in stage.trained.items():
+                value = whole(parameter)  # every process gathers, whoever writes
+                if writes:
+                    yield name, value.to(_DTYPES[how.weights])
+
+        def states() -> Iterator[tuple[str, Tensor]]:
+            for name, parameter in stage.trained.items():
+                for moment, value in moments(optimizer, parameter).items():
+                    gathered = whole(value)
+                    if writes:
+                        yield f"{name}/{moment}", gathered.to(_DTYPES[how.optimizer])
+
+        write_parts(folder, f"weights-{rank}", weights(), limit)
+        if how.optimizer != "none":
+            write_parts(folder, f"optimizer-{rank}", states(), limit)
+
+    def _state(self, stage: Stage, step: int, optimizer_steps: int) -> dict[str, Any]:
+        config = self._config
+        return {
+            "stage": stage.name,
+            "step": step,
+            "tokens": step * config.optim.batch * config.data.sequence_length,
+            "next_sequence": step * config.optim.batch,
+            "optimizer_steps": optimizer_steps,
+            "data_hash": self._data_hash,
+            "config": flatten(config),
+            "provenance": self._provenance,
+        }
+
+    def resume(self, stage: Stage, optimizer: torch.optim.Optimizer) -> Resumed:
+        """Restore the newest state, or the one that ``checkpoint.resume`` names.
+
+        Raises:
+            AttnEditError: if it belongs to other data or another configuration, or cannot be read.
+        """
+        path = self._choose()
+        if path is None:
+            return Resumed()
+        state = read_state(path)
+        self._compare(state, stage.name)
+        weights, running = PartsReader(path, "weights-"), PartsReader(path, "optimizer-")
+        have_moments = next(iter(running), None) is not None
+        for name, parameter in stage.trained.items():
+            if name not in weights:
+                fix = "resume with the settings that made it: it trained other tensors"
+                raise AttnEditError("checkpoint.resume", f"{path} without {name}", fix)
+            fill(parameter, weights.load(name))
+            if have_moments and state["optimizer_steps"]:
+                values = {}
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    values[moment] = torch.zeros_like(parameter)
+                    fill(values[moment], running.load(f"{name}/{moment}"))
+                restore_moments(optimizer, parameter, state["optimizer_steps"], values)
+        self._restore_generators(weights)
+        step = int(state["step"])
+        if not have_moments:
+            return Resumed(step, 0, step, path)
+        restarted = step - int(state["optimizer_steps"])
+        return Resumed(step, int(state["optimizer_steps"]), restarted or None, path)
+
+    def _choose(self) -> Path | None:
+        requested = self._config.checkpoint.resume
+        own = find_checkpoints(self.folder)
+        if requested == "never":
+            if own:
+                fix = "name another output folder, or set checkpoint.resume: auto"
+                raise AttnEditError("output", f"{self.folder} holds checkpoints", fix)
+            return None
+        if requested == "auto" or own:
+            # Once a run that began elsewhere has saved, its own checkpoints are the newer ones.
+            return own[-1] if own else None
+        path = Path(requested)
+        if not (path / STATE).is_file():
+            fix = "give auto, never or the folder of a checkpoint (with its state.json)"
+            raise AttnEditError("checkpoint.resume", requested, fix)
+        return path
+
+    def _compare(self, state: dict[str, Any], stage: str) -> None:
+        if state["stage"] != stage:
+            fix = (
+                "name another output folder: a stage starts from an edited model, not a checkpoint"
+            )
+            raise AttnEditError("output", f"holds checkpoints of {state['stage']}", fix)
+        if state["data_hash"] != self._data_hash:
+            fix = "resume with the data that the run began with, or name another output folder"
+            raise AttnEditError("data", f"hash {self._data_hash[:12]}", fix)
+        before = state["config"]
+        for name, value in flatten(self._config).items():
+            if name.startswith((*_FREE, _OF_STAGE[stage])) or before.get(name, value) == value:
+                continue
+            fix = f"the run began with {before[name]}: set it back or name another output folder"
+            raise AttnEditError(name, value, fix)
+
+    def _restore_generators(self, generators: PartsReader) -> None:
+        rank = self._devices.rank
+        if f"{GENERATORS}cpu.{rank}" in generators:
+            torch.set_rng_state(generators.load(f"{GENERATORS}cpu.{rank}"))
+        if f"{GENERATORS}cuda.{rank}" in generators and self._devices.device.type == "cuda":
+            torch.cuda.set_rng_state(
+                generators.load(f"{GENERATORS}cuda.{rank}"), self._devices.device
+            )
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _finish(temporary: Path, final: Path, state: dict[str, Any]) -> None:
+    write_json(temporary / STATE, state)
+    publish(final)
+
+
+def _attempt(final: Path, action: Any) -> AttnEditError | None:
+    """Run ``action``; what the disk refuses comes back, so that other processes can be told."""
+    try:
+        with disk_errors(final):
+            action()
+    except AttnEditError as error:
+        return error
+    return None

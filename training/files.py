@@ -1,0 +1,121 @@
+"""Files and folders that exist whole or not at all, whatever kills the process."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm_attnedit.errors import AttnEditError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file's bytes, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_of(folder: Path) -> Path:
+    """Where a folder grows before it gets its name; the same for every process of a run."""
+    return folder.parent / f".{folder.name}.partial"
+
+
+def publish(folder: Path) -> None:
+    """Flush the temporary folder of ``folder`` and give it its name, in place of an older one."""
+    temporary = temporary_of(folder)
+    for file in sorted(temporary.rglob("*")):
+        fsync(file)
+    fsync(temporary)
+    # A rename cannot replace a folder that has content: the old one steps aside first.
+    if folder.exists():
+        aside = folder.parent / f".{folder.name}.old"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+        os.rename(temporary, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.rename(temporary, folder)
+    fsync(folder.parent)
+
+
+@contextmanager
+def disk_errors(what: Path) -> Iterator[None]:
+    """Turn the disk's refusals into one line.
+
+    Raises:
+        AttnEditError: for a full disk, or one that cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            fix = "free space and start again: whatever was complete before is untouched"
+        else:
+            fix = "choose a folder that can be written"
+        raise AttnEditError(str(what), error.strerror or error, fix) from error
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        AttnEditError: for a full disk, or one that cannot be written.
+    """
+    temporary = temporary_of(folder)
+    with disk_errors(folder):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            publish(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    fsync(temporary)
+    os.replace(temporary, path)
+
+
+def read_json(path: Path, field: str) -> Any:
+    """A JSON file.
+
+    Raises:
+        AttnEditError: naming ``field``, if it is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AttnEditError(field, path, f"give a readable file ({error.strerror})") from error
+    except ValueError as error:
+        raise AttnEditError(field, path, f"it is no JSON ({error}): make it again") from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-ready value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

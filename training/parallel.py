@@ -1,0 +1,155 @@
+"""Devices and processes: what accelerate finds, gradients averaged over them, models sharded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from training.config import RunConfig
+from vllm_attnedit.errors import AttnEditError
+
+Result = TypeVar("Result")
+
+
+class Devices:
+    """The processes of a run and the device of this one.
+
+    Started alone it is one process; under ``accelerate launch`` or ``torchrun`` it is one of many.
+
+    Args:
+        run: device, precision, sharding and determinism.
+        seed: of torch's generators.
+    """
+
+    def __init__(self, run: RunConfig, seed: int) -> None:
+        if run.deterministic:
+            # cuBLAS reads this once, when it starts.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        self.state = PartialState(cpu=run.device == "cpu")
+        self.device: torch.device = self.state.device
+        self.rank: int = self.state.process_index
+        self.ranks: int = self.state.num_processes
+        self.main: bool = self.state.is_main_process
+        self.bf16 = run.precision == "bf16"
+        self.sharded = run.sharding == "fsdp2"
+        if self.sharded and self.ranks == 1 and not dist.is_initialized():
+            fix = "start it with `accelerate launch` or `torchrun`, or set run.sharding: none"
+            raise AttnEditError("run.sharding", run.sharding, fix)
+        set_seed(seed)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bf16 computation over float32 master weights, or nothing."""
+        if not self.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def barrier(self) -> None:
+        self.state.wait_for_everyone()
+
+    def main_first(self, make: Callable[[], Result]) -> Result:
+        """Call ``make`` on the main process, then on the others, which find its work done."""
+        with self.state.main_process_first():
+            return make()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the processes, in place."""
+        if self.ranks > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some process."""
+        if self.ranks == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average gradients over the processes; sharded parameters are averaged already."""
+        if self.ranks == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        local = [g for g in gradients if not isinstance(g, DTensor)]
+        for bucket in _buckets(local):
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            flat /= self.ranks
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+                gradient.copy_(part.view_as(gradient))
+
+    def shard(self, root: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
+        """Shard a model's parameters in place (FSDP2), each layer a unit of its own.
+
+        Trained parameters must be float32: they are gathered in the compute dtype, their gradients
+        are reduced in float32.
+        """
+        if not self.sharded:
+            return root
+        mesh = init_device_mesh(self.device.type, (self.ranks,))
+        policy = MixedPrecisionPolicy(
+            param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(root, mesh=mesh, mp_policy=policy)
+        return root
+
+
+def _buckets(tensors: list[Tensor], limit: int = 1 << 25) -> Iterable[list[Tensor]]:
+    """Groups of up to ``limit`` elements, each reduced at once."""
+    bucket: list[Tensor] = []
+    held = 0
+    for tensor in tensors:
+        if bucket and held + tensor.numel() > limit:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(tensor)
+        held += tensor.numel()
+    if bucket:
+        yield bucket
+
+
+def sync_gradients(module: nn.Module, enabled: bool) -> None:
+    """Whether the next backward reduces the gradients of a sharded model; off while accumulating."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(enabled)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard, on every process; a plain tensor as it is."""
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+@torch.no_grad()
+def fill(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    if isinstance(target, DTensor):
+        value = value.to(target.device, target.dtype)
+        target.copy_(distribute_tensor(value, target.device_mesh, target.placements))
+    else:
+        target.copy_(value)
+
+
+def clip(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """Scale gradients to a norm of at most ``limit`` (0: leave them); returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(
+        parameters, limit if limit > 0 else float("inf"), error_if_nonfinite=False
+    )
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,179 @@
+"""Puts a training run together: checks first, then data, then models, then the loop."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training import attention
+from training.checkpoint import Checkpoints
+from training.config import Config
+from training.data import BatchStream, PackedSequences, ShardReader, prepare_shards
+from training.data.prepare import tokenizer_hash
+from training.distill import DistillStage
+from training.export import check_export, export
+from training.files import disk_errors
+from training.layerwise import LayerwiseStage
+from training.loop import Loop, Outcome
+from training.models import (
+    Trunk,
+    check_pair,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+    student_config,
+    student_folder,
+    student_tokenizer,
+    teacher_source,
+    unedited_config,
+    unpack_student,
+)
+from training.parallel import Devices
+from training.progress import say as print_line
+from training.stage import Stage
+from training.targets import TopKCache
+from vllm_attnedit.config import AttnEditConfig
+from vllm_attnedit.edit.provenance import git_commit, package_versions
+from vllm_attnedit.edit.store import SafetensorsStore
+from vllm_attnedit.errors import AttnEditError
+
+
+def train(config: Config, stage_name: str) -> Outcome:
+    """Run Stage 1 or Stage 2 to its end, and export the result.
+
+    Args:
+        config: of the run.
+        stage_name: ``stage1`` or ``stage2``.
+
+    Raises:
+        AttnEditError: for everything a user can mend.
+    """
+    check_export(config, stage_name)
+    _check_cache(config, stage_name)
+    devices = Devices(config.run, config.seed)
+    _check_batch(config, devices.ranks, stage_name)
+
+    def say(line: str) -> None:
+        if devices.main:
+            print_line(line)
+
+    output = Path(config.output)
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    config.student = devices.main_first(
+        lambda: unpack_student(config.teacher, config.student, output)
+    )
+    student = _check_models(config)
+    tokenizer = _check_tokenizers(config)
+    folder = Path(config.data.shards or output / "shards")
+    reader = devices.main_first(lambda: prepare_shards(config.data, folder, tokenizer, say))
+    data = PackedSequences(reader, config.data.sequence_length, config.seed, config.optim.batch)
+    say(f"data: {reader.tokens:,} tokens, {data.per_pass:,} sequences a pass")
+
+    stage = _make_stage(config, stage_name, student, devices, reader)
+    trained = sum(parameter.numel() for parameter in stage.trained.values())
+    say(f"{stage_name} on {devices.ranks} x {devices.device}: {trained:,} trained parameters")
+    stream = BatchStream(
+        data,
+        batch=config.optim.batch,
+        micro=config.optim.micro_batch,
+        rank=0 if stage.split_layers else devices.rank,
+        ranks=1 if stage.split_layers else devices.ranks,
+        answers_only=config.data.loss_on == "answers",
+        chunk=config.stage2.chunk_tokens if stage_name == "stage2" else 1,
+        pin=devices.device.type == "cuda",
+    )
+    checkpoints = Checkpoints(config, devices, reader.hash, provenance(config, reader))
+    outcome = Loop(stage, config, devices, stream, checkpoints, say).run()
+    if not outcome.finished:
+        say(
+            f"stopped after step {outcome.step}; the same command resumes from {outcome.checkpoint}"
+        )
+        return outcome
+    if devices.main:
+        for path in export(config, outcome.checkpoint):
+            say(f"wrote {path}")
+    devices.barrier()
+    return outcome
+
+
+def provenance(config: Config, reader: ShardReader) -> dict[str, Any]:
+    """What a checkpoint says of its origin."""
+    return {
+        "teacher": config.teacher,
+        "student": config.student,
+        "command": " ".join(["python -m training", *sys.argv[1:]]),
+        "commit": git_commit(),
+        "versions": package_versions(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "data": reader.manifest.get("sources"),
+    }
+
+
+def _check_batch(config: Config, ranks: int, stage: str) -> None:
+    shared = 1 if stage == "stage1" and config.stage1.split == "layers" else ranks
+    group = config.optim.micro_batch * shared
+    if config.optim.batch % group:
+        fix = (
+            f"give a multiple of {group}: micro_batch {config.optim.micro_batch} x {shared} devices"
+        )
+        raise AttnEditError("optim.batch", config.optim.batch, fix)
+
+
+def _check_cache(config: Config, stage: str) -> None:
+    if stage == "stage2" and config.stage2.cache and config.stage2.top_k is None:
+        fix = "set stage2.top_k: only the likeliest tokens are kept on disk"
+        raise AttnEditError("stage2.cache", config.stage2.cache, fix)
+
+
+def _check_models(config: Config) -> AttnEditConfig:
+    """The student's configuration, once it is known to fit the teacher."""
+    student = student_config(config.student)
+    with teacher_source(config.teacher) as opened:
+        teacher = unedited_config(opened.config)
+    check_pair(teacher, student)
+    longest = int(teacher.max_position_embeddings)
+    if config.data.sequence_length > longest:
+        fix = f"give at most {longest}, the teacher's longest context"
+        raise AttnEditError("data.sequence_length", config.data.sequence_length, fix)
+    return student
+
+
+def _check_tokenizers(config: Config) -> Any:
+    """The teacher's tokenizer, once it is known to be the student's as well."""
+    tokenizer = load_tokenizer(config.teacher)
+    other = student_tokenizer(student_folder(config.student))
+    if other is not None and tokenizer_hash(other) != tokenizer_hash(tokenizer):
+        fix = "edit the student again from this teacher: their tokenizers differ"
+        raise AttnEditError("student tokenizer", config.student, fix)
+    return tokenizer
+
+
+def _make_stage(
+    config: Config, name: str, student: AttnEditConfig, devices: Devices, reader: ShardReader
+) -> Stage:
+    form = attention.choose(config.run.attention, devices.device, config.run.precision)
+    packed = attention.register()
+    loaded = load_teacher(config.teacher, dtype=devices.compute_dtype, attention=packed)
+    teacher = Trunk(loaded.to(devices.device))
+    folder = student_folder(config.student)
+    if name == "stage1":
+        devices.shard(teacher, teacher.layers)
+        store = SafetensorsStore(folder)
+        return LayerwiseStage(teacher, student, store, config, devices, form)
+    model = load_student(str(folder), dtype=devices.compute_dtype, attention=packed)
+    cache = None
+    if config.stage2.cache:
+        identity = {
+            "teacher": str(student.provenance.get("teacher_fingerprint", config.teacher)),
+            "data": reader.hash,
+            "order": config.seed,
+            "length": config.data.sequence_length,
+            "k": config.stage2.top_k,
+        }
+        cache_folder = Path(config.stage2.cache)
+        cache = devices.main_first(lambda: TopKCache(cache_folder, identity))
+    return DistillStage(teacher, Trunk(model.to(devices.device)), config, devices, form, cache)
