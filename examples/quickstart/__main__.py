@@ -30,7 +30,7 @@ def main() -> int:
     cache: Path = options.cache.resolve()
     stop_on_signals()
     try:
-        _say("teacher: SmolLM2-135M-Instruct")
+        _say("teacher: SmolLM2-135M-Instruct (93 MB, fetched unless it is there)")
         teacher = fetch_teacher(cache)
         edited = _edit(teacher, cache / "edited" / "SmolLM2-135M-Instruct-gateswa")
         _ask(edited, options.question, cache / "serve.log")
@@ -104,7 +104,11 @@ def _report(edited: Path) -> None:
     config = load_config(edited)
     teacher = config.teacher_config()
     rows = [
-        ("KV bytes per token", kv_bytes_per_token(teacher), kv_bytes_per_token(config)),
+        (
+            "KV bytes per token, long context",
+            kv_bytes_per_token(teacher),
+            kv_bytes_per_token(config),
+        ),
         (
             f"KV bytes of a request of {REQUEST_TOKENS} tokens",
             kv_bytes_per_request(teacher, REQUEST_TOKENS),
