@@ -1,0 +1,234 @@
+"""``attnedit edit``: a teacher becomes an edited checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from vllm_attnedit.cli.quantities import format_bytes
+from vllm_attnedit.edit import (
+    Calibration,
+    EditPlan,
+    EditReport,
+    apply_edit,
+    edit_checkpoint,
+    parse_full_layers,
+    save_edit,
+)
+from vllm_attnedit.edit.calibration import DEFAULT_TOKENS
+from vllm_attnedit.errors import AttnEditError
+
+BUILTIN, NONE = "builtin", "none"
+_DIM = "MLA: {}; by default {}."
+
+
+def command(
+    teacher: Annotated[
+        str,
+        typer.Argument(help="Model folder, hub id or .gguf file (--save-edit: edited folder)."),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to make; with --save-edit a file.")],
+    target: Annotated[str | None, typer.Option(help="gateswa or mla.")] = None,
+    init: Annotated[
+        str, typer.Option(help="inherit the teacher's attention, or random as in the paper.")
+    ] = "inherit",
+    window: Annotated[
+        int | None, typer.Option(help="GateSWA: tokens a window layer sees; by default 128.")
+    ] = None,
+    full_layers: Annotated[
+        str | None,
+        typer.Option(help="GateSWA: full-attention layers, such as 5,11,17; by default every 6th."),
+    ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(help="headwise, elementwise or none; by default headwise, for MLA none."),
+    ] = None,
+    kv_lora_rank: Annotated[
+        int | None,
+        typer.Option(help=_DIM.format("width of the cached latent", "half of K and V together")),
+    ] = None,
+    qk_rope_head_dim: Annotated[
+        int | None, typer.Option(help=_DIM.format("width of the RoPE key", "64, or the head's"))
+    ] = None,
+    qk_nope_head_dim: Annotated[
+        int | None,
+        typer.Option(help=_DIM.format("head width without position", "the teacher's")),
+    ] = None,
+    v_head_dim: Annotated[
+        int | None, typer.Option(help=_DIM.format("head width of values", "the teacher's, alone"))
+    ] = None,
+    q_lora_rank: Annotated[
+        int | None, typer.Option(help=_DIM.format("rank of the query projection", "full"))
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="MLA with inherit: text file the teacher is run on to see which inputs matter; "
+            "by default builtin, Python's own documentation; none looks at weights only (faster, "
+            "much worse)."
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help=f"Of that text; by default {DEFAULT_TOKENS}.")
+    ] = None,
+    calibration_device: Annotated[
+        str, typer.Option(help="Where the teacher runs on that text: cpu, cuda, npu.")
+    ] = "cpu",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16 or float32; by default as stored, bfloat16 for GGUF."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub repository.")
+    ] = None,
+    from_edit: Annotated[
+        Path | None, typer.Option(help="Apply this saved edit to its teacher instead.")
+    ] = None,
+    only_save_edit: Annotated[
+        bool, typer.Option("--save-edit", help="Write the edit of an edited folder into a file.")
+    ] = False,
+) -> None:
+    """Replace a teacher's attention by GateSWA or MLA, layer by layer.
+
+    The output appears when it is complete; on failure nothing is left. Memory stays near one file
+    of the teacher plus one layer. A saved edit holds the attention alone and needs its teacher
+    again.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    if only_save_edit or from_edit is not None:
+        if target is not None or (only_save_edit and from_edit is not None):
+            option = "--target" if target is not None else "--from-edit"
+            other = "--save-edit" if only_save_edit else "--from-edit"
+            raise AttnEditError(option, target or from_edit, f"leave it out, or {other}")
+        if only_save_edit:
+            nbytes = save_edit(teacher, out)
+            console.print(f"{out}: the edit alone, {format_bytes(nbytes)}")
+            return
+        assert from_edit is not None
+        with _ending_on_sigterm(), _bar() as bar:
+            apply_edit(teacher, from_edit, out, revision=revision, progress=_shown_on(bar))
+        console.print(f"{out}: {from_edit.name} applied to {teacher}")
+        return
+    if target is None:
+        raise AttnEditError("--target", "missing", "use gateswa or mla")
+    plan = EditPlan(
+        target=target,
+        init=init,
+        window=window,
+        full_layers=None if full_layers is None else parse_full_layers(full_layers),
+        gate=gate,
+        kv_lora_rank=kv_lora_rank,
+        qk_rope_head_dim=qk_rope_head_dim,
+        qk_nope_head_dim=qk_nope_head_dim,
+        v_head_dim=v_head_dim,
+        q_lora_rank=q_lora_rank,
+        dtype=dtype,
+        seed=seed,
+    )
+    text = _calibration(plan, calibration, calibration_tokens, calibration_device)
+    with _ending_on_sigterm(), _bar() as bar:
+        report = edit_checkpoint(
+            teacher, out, plan, calibration=text, revision=revision, progress=_shown_on(bar)
+        )
+    print_report(report, console)
+
+
+def _calibration(
+    plan: EditPlan, source: str | None, tokens: int | None, device: str
+) -> Calibration | None:
+    if plan.target != "mla" or plan.init != "inherit":
+        for option, value in (("--calibration", source), ("--calibration-tokens", tokens)):
+            if value is not None:
+                fix = "leave it out: only --target mla with --init inherit looks at text"
+                raise AttnEditError(option, value, fix)
+        return None
+    if source == NONE:
+        return None
+    count = DEFAULT_TOKENS if tokens is None else tokens
+    if source in (None, BUILTIN):
+        return Calibration.builtin(count, device)
+    return Calibration.from_file(Path(str(source)), count, device)
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """End on SIGTERM as on Ctrl-C, so that the partial output is removed."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _bar() -> Progress:
+    # On stderr and gone at the end: stdout carries the result, stderr at most one line of error.
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _shown_on(bar: Progress) -> Callable[[str, int, int], None]:
+    task = bar.add_task("reading the teacher", total=None)
+
+    def show(step: str, done: int, total: int) -> None:
+        bar.update(task, description=step, completed=done, total=total)
+
+    return show
+
+
+def print_report(report: EditReport, console: Console) -> None:
+    """What was made: attention by kind, and for MLA the energy each layer keeps."""
+    config = report.config
+    origin = config.provenance["teacher"]
+    console.print(f"[bold]{report.out}[/bold]: {origin} edited, {format_bytes(report.nbytes)}")
+    window = config.edit.sliding_window
+    counts = Counter(config.edit.layer_types)
+    for kind, count in counts.items():
+        reach = f", window {window}" if kind == "sliding_attention" else ""
+        console.print(f"  {count} {kind} layers{reach}")
+    console.print(f"  gate: {config.edit.gate or 'none'}, init: {config.provenance['init']}")
+    if not report.energy:
+        return
+    table = Table("layer", "keys kept", "values kept")
+    for layer in report.energy:
+        table.add_row(str(layer.layer), f"{layer.key:.2%}", f"{layer.value:.2%}")
+    mean = config.provenance["energy_kept"]
+    table.add_section()
+    table.add_row("mean", f"{mean['key']:.2%}", f"{mean['value']:.2%}")
+    for column in table.columns:
+        column.justify = "right"
+    console.print(table)
+    console.print(
+        f"  latent {config.edit.kv_lora_rank} + RoPE key {config.edit.qk_rope_head_dim}: share of "
+        "the teacher's key and value energy that they can express, rotation lost not counted"
+    )

@@ -1,0 +1,155 @@
+"""An edit alone: the edited attention without the rest of the model, in one safetensors file.
+
+The file holds every ``self_attn`` tensor of the edited model and, in its metadata, the model's
+configuration. It is a small part of the checkpoint and gives it back together with the teacher.
+That it meets the right teacher is checked by shapes and by the fingerprint of all other weights.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from vllm_attnedit.checkpoint import load_config
+from vllm_attnedit.config import AttnEditConfig
+from vllm_attnedit.edit.assembly import (
+    Assembly,
+    Progress,
+    plan_shards,
+    planned_dtypes,
+    silent,
+)
+from vllm_attnedit.edit.layout import (
+    check_tensors,
+    edited_attention,
+    is_attention,
+    teacher_tensors,
+)
+from vllm_attnedit.edit.output import check_output, output_file, output_folder
+from vllm_attnedit.edit.provenance import fingerprint
+from vllm_attnedit.edit.store import SafetensorsStore
+from vllm_attnedit.edit.teacher import open_teacher
+from vllm_attnedit.edit.writer import PlannedTensor, ShardWriter, write_index
+from vllm_attnedit.errors import AttnEditError
+
+FORMAT = "attnedit-edit-1"
+_FIX_FORMAT = "give a file that was saved as an edit"
+
+
+def _read_edited_config(folder: Path) -> AttnEditConfig:
+    config = load_config(folder, "TEACHER")
+    if not isinstance(config, AttnEditConfig):
+        raise AttnEditError("TEACHER", folder, "give an edited checkpoint: this one is not edited")
+    return config
+
+
+def save_edit(model: str | Path, out: str | Path) -> int:
+    """Write the edit of an edited checkpoint into one file; returns its bytes of weights.
+
+    Args:
+        model: folder of the edited checkpoint, freshly edited or trained.
+        out: file to make.
+
+    Raises:
+        AttnEditError: if weights beside attention differ from the teacher's (an edit alone could
+            not give them back), or anything is missing.
+    """
+    folder, out = Path(model), Path(out)
+    config = _read_edited_config(folder)
+    store = SafetensorsStore(folder)
+    rest = [n for n in teacher_tensors(config.teacher_config()) if not is_attention(n)]
+    shapes = _check_model(config, store)
+    print_of_rest = fingerprint(store, rest)
+    if config.provenance.get("teacher_fingerprint", print_of_rest) != print_of_rest:
+        fix = "keep the whole checkpoint: weights beside attention were trained too"
+        raise AttnEditError("teacher_fingerprint", print_of_rest[:12], fix)
+    dtypes = {store.tensors[name].dtype for name in rest}
+    planned = [PlannedTensor(n, s, store.tensors[n].dtype) for n, s in shapes.items()]
+    metadata = {
+        "attnedit_format": FORMAT,
+        "config": json.dumps(config.to_dict()),
+        "teacher_fingerprint": print_of_rest,
+        # One dtype for all, or each as the teacher stores it.
+        "dtype": str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "",
+    }
+    nbytes = sum(tensor.nbytes for tensor in planned)
+    with output_file(out, nbytes) as partial:
+        writer = ShardWriter(partial, planned, metadata)
+        try:
+            for tensor in planned:
+                writer.write(tensor.name, store.load(tensor.name))
+            writer.close()
+        finally:
+            writer.abandon()
+    store.close()
+    return nbytes
+
+
+def _check_model(config: AttnEditConfig, store: SafetensorsStore) -> dict[str, tuple[int, ...]]:
+    """Shapes of the attention of a complete edited checkpoint."""
+    teacher = teacher_tensors(config.teacher_config())
+    rest = {name: shape for name, shape in teacher.items() if not is_attention(name)}
+    attention: dict[str, tuple[int, ...]] = {}
+    for layer in range(config.num_hidden_layers):
+        attention |= edited_attention(config, layer)
+    check_tensors(store.tensors, rest | attention, "the checkpoint")
+    return attention
+
+
+def apply_edit(
+    teacher: str | Path,
+    edit_file: str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> AttnEditConfig:
+    """Write the edited checkpoint that ``save_edit`` took an edit from; returns its configuration.
+
+    Args:
+        teacher: the one that the edit was made for: folder, hub id or ``.gguf`` file.
+        edit_file: from :func:`save_edit`.
+        out: folder to make; must be new or empty.
+        revision: of a hub repository.
+        progress: called after every tensor.
+
+    Raises:
+        AttnEditError: if the edit belongs to another teacher, or anything is missing.
+    """
+    edit_path, out = Path(edit_file), Path(out)
+    check_output(out)
+    if not edit_path.is_file():
+        raise AttnEditError("--from-edit", edit_path, f"no such file; {_FIX_FORMAT}")
+    edit = SafetensorsStore(edit_path.parent, edit_path.name)
+    metadata = edit.metadata()
+    if metadata.get("attnedit_format") != FORMAT:
+        raise AttnEditError("--from-edit", edit_path, f"not a saved edit; {_FIX_FORMAT}")
+    config = AttnEditConfig.from_dict(json.loads(metadata["config"]))
+    layers = [edited_attention(config, i) for i in range(config.num_hidden_layers)]
+    check_tensors(edit.tensors, {k: s for shapes in layers for k, s in shapes.items()}, "the edit")
+    with open_teacher(teacher, revision) as opened:
+        expected = teacher_tensors(opened.config)
+        check_tensors(opened.store.tensors, expected, "the teacher")
+        dtype = getattr(torch, metadata["dtype"]) if metadata["dtype"] else None
+        fix = f"apply this edit to its own teacher, {config.provenance.get('teacher', 'unknown')}"
+        if teacher_tensors(config.teacher_config()) != expected:
+            raise AttnEditError("TEACHER", f"{opened.name}: other dimensions", fix)
+        own = {name: info.dtype for name, info in edit.tensors.items()}
+        shards = plan_shards(opened.store, list(expected), layers, dtype, own)
+        found = fingerprint(opened.store, list(expected), planned_dtypes(shards))
+        if found != metadata["teacher_fingerprint"]:
+            raise AttnEditError("TEACHER", f"{opened.name}: other weights", fix)
+        nbytes = sum(tensor.nbytes for shard in shards for tensor in shard)
+        with output_folder(out, nbytes) as folder:
+            with Assembly(folder, shards, progress) as assembly:
+                for layer, shapes in enumerate(layers):
+                    for name in shapes:
+                        assembly.write(name, edit.load(name), f"layer {layer + 1}/{len(layers)}")
+                assembly.copy_unedited(opened.store)
+            write_index(folder, shards)
+            opened.copy_files(folder)
+            config.save_pretrained(folder)
+    edit.close()
+    return config

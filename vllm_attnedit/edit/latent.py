@@ -1,0 +1,240 @@
+"""Initial weights of an MLA layer that inherits the teacher's attention.
+
+The steps, all from the layer's own weights and the second moment of its inputs:
+
+1. Projections become rows over the input, biases as a last column. A per-head QK-norm is replaced
+   by its average: rows are scaled by the norm's weight over the root mean square of the head.
+2. RoPE is split into one shared rotated key and unrotated rest (``rope_split``).
+3. The rest of the keys and the values of all KV heads are factorised together at ``kv_lora_rank``
+   (``lowrank``), errors measured where they matter: of keys by the queries that look at them, of
+   values by what ``o_proj`` makes of them (as CARE and SVD-LLM weigh errors), both parts scaled to
+   the same energy before and back after.
+4. The teacher's 1/sqrt(D) becomes the layer's 1/sqrt(C + P) by a factor on the queries.
+
+Exact where it can be: with one KV head, P = D, full rank and no QK-norm nothing is approximated but
+the latent norm.
+
+Shapes: H query heads, G KV heads, D the teacher's head width, I inputs, E hidden, R kv_lora_rank,
+P qk_rope_head_dim, C qk_nope_head_dim, V = D v_head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_attnedit.config import AttnEditConfig
+from vllm_attnedit.edit.calibration import InputStatistics
+from vllm_attnedit.edit.gateswa import output_and_gate
+from vllm_attnedit.edit.layout import Shape, attention_prefix
+from vllm_attnedit.edit.lowrank import Factors, SecondMoment, factorise, weighting
+from vllm_attnedit.edit.rope_split import mean_turn, nearest_pairs, split_rope
+from vllm_attnedit.edit.store import TensorStore
+from vllm_attnedit.hf.modeling import rotary_embedding
+
+
+@dataclass(frozen=True)
+class EnergyKept:
+    """How much of a layer's keys and values an edit can express.
+
+    Attributes:
+        layer: index.
+        key: share of the teacher's key energy (0 to 1) that shared key and latent carry together.
+            Energy is the mean square over inputs; the rotation that some keys lose is not in it.
+        value: the same for values.
+    """
+
+    layer: int
+    key: float
+    value: float
+
+
+def overall_energy(layers: list[EnergyKept]) -> dict[str, Any] | None:
+    """Means over layers and each layer's shares, for provenance; ``None`` without such layers."""
+    if not layers:
+        return None
+    return {
+        "key": round(sum(e.key for e in layers) / len(layers), 6),
+        "value": round(sum(e.value for e in layers) / len(layers), 6),
+        "per_layer": [[round(e.key, 6), round(e.value, 6)] for e in layers],
+    }
+
+
+class LatentInitialiser:
+    """Makes the attention tensors of latent layers from the teacher's.
+
+    Args:
+        store: the teacher's tensors.
+        config: of the edited model.
+    """
+
+    def __init__(self, store: TensorStore, config: AttnEditConfig) -> None:
+        self._store = store
+        self._config = config
+        rope_width = config.edit.qk_rope_head_dim
+        assert rope_width
+        wide: Any = rotary_embedding(config, config.head_dim)
+        narrow: Any = rotary_embedding(config, rope_width)
+        self._frequencies: Tensor = wide.inv_freq.double()
+        self._chosen = nearest_pairs(self._frequencies, narrow.inv_freq.double())
+        # Some scalings (YaRN) lengthen rotated queries and keys; the unrotated ones follow suit.
+        self._rope_gain = float(wide.attention_scaling) ** 2
+
+    def make(
+        self, layer: int, shapes: dict[str, Shape], inputs: InputStatistics
+    ) -> tuple[dict[str, Tensor], EnergyKept]:
+        """The layer's tensors by full name, and the energy they keep.
+
+        Args:
+            layer: index.
+            shapes: of the tensors to make, by full name.
+            inputs: statistics of the layer's normed input.
+        """
+        config, edit = self._config, self._config.edit
+        prefix = attention_prefix(layer)
+        query = self._projection(prefix, "q", inputs.query)
+        key = self._projection(prefix, "k", inputs.key)
+        value = self._projection(prefix, "v", inputs.key)
+        assert edit.qk_nope_head_dim and edit.kv_lora_rank
+        heads, groups = len(query), len(key)
+
+        split = split_rope(
+            query,
+            key,
+            query_moment=inputs.query.matrix,
+            key_moment=inputs.key.matrix,
+            chosen=self._chosen,
+            turn=mean_turn(self._frequencies, inputs.distances, heads),
+        )
+        metric = _query_metric(split.q_nope, groups, inputs.query)
+        output = self._store.load(f"{prefix}o_proj.weight").double()
+        blocks = (
+            _Block(split.k_nope, metric, inputs.key),
+            _Block(value, _output_metric(output, heads, groups), inputs.key),
+        )
+        factors = factorise(torch.cat([b.rows for b in blocks]), inputs.key, edit.kv_lora_rank)
+        k_expand, v_expand = (
+            block.restore(part)
+            for block, part in zip(blocks, factors.expand.split([len(b.rows) for b in blocks]))
+        )
+        energy = EnergyKept(
+            layer,
+            _kept(key, split.k_nope, k_expand, factors, inputs.key),
+            _kept(value, value, v_expand, factors, inputs.key),
+        )
+
+        q_nope, k_expand = _fit_width(
+            split.q_nope, k_expand, edit.qk_nope_head_dim, metric, factors, inputs.key
+        )
+        gain = (edit.qk_head_dim / config.head_dim) ** 0.5
+        q_rows = gain * torch.cat([self._rope_gain * q_nope, split.q_rope], dim=1)
+        kv_rows = torch.cat([k_expand, v_expand], dim=1).repeat_interleave(heads // groups, 0)
+
+        made = output_and_gate(self._store, layer, shapes)
+        made |= self._query_tensors(prefix, q_rows.flatten(0, 1), inputs.query)
+        made |= self._as_linear(
+            f"{prefix}kv_a_proj_with_mqa", torch.cat([factors.reduce, split.k_rope])
+        )
+        made[f"{prefix}kv_a_layernorm.weight"] = factors.norm_weight
+        made[f"{prefix}kv_b_proj.weight"] = kv_rows.flatten(0, 1)
+        return made, energy
+
+    def _projection(self, prefix: str, kind: str, moment: SecondMoment) -> Tensor:
+        """Rows of a projection by head, (heads, D, I), float64, with its bias and average norm."""
+        rows = self._store.load(f"{prefix}{kind}_proj.weight").double()
+        if self._config.qkv_bias:
+            bias = self._store.load(f"{prefix}{kind}_proj.bias").double()
+            rows = torch.cat([rows, bias[:, None]], dim=1)
+        rows = rows.view(-1, self._config.head_dim, rows.shape[1])
+        if not self._config.family.qk_norm or kind == "v":
+            return rows
+        weight = self._store.load(f"{prefix}{kind}_norm.weight").double()
+        square = ((rows @ moment.matrix) * rows).sum(2).mean(1)  # E of each head's mean square
+        scale = (square + self._config.rms_norm_eps).rsqrt()
+        return rows * scale[:, None, None] * weight[:, None]
+
+    def _query_tensors(self, prefix: str, rows: Tensor, moment: SecondMoment) -> dict[str, Tensor]:
+        rank = self._config.edit.q_lora_rank
+        if rank is None:
+            return self._as_linear(f"{prefix}q_proj", rows)
+        factors = factorise(rows, moment, rank)
+        return {
+            **self._as_linear(f"{prefix}q_a_proj", factors.reduce),
+            f"{prefix}q_a_layernorm.weight": factors.norm_weight,
+            f"{prefix}q_b_proj.weight": factors.expand,
+        }
+
+    def _as_linear(self, name: str, rows: Tensor) -> dict[str, Tensor]:
+        if not self._config.qkv_bias:
+            return {f"{name}.weight": rows}
+        return {f"{name}.weight": rows[:, :-1], f"{name}.bias": rows[:, -1]}
+
+
+class _Block:
+    """Keys or values of all KV heads, measured under each head's metric, scaled to energy 1."""
+
+    def __init__(self, rows: Tensor, metric: Tensor, moment: SecondMoment) -> None:
+        self._groups, self._width, _ = rows.shape  # (G, D, I)
+        roots = [weighting(m) for m in metric]
+        self._inverse = torch.stack([inverse for _, inverse in roots])
+        measured = torch.stack([root for root, _ in roots]) @ rows
+        energy = moment.energy(measured)
+        # One KV head at full RoPE width leaves no keys to the latent, but rounding errors.
+        negligible = moment.energy(rows) < 1e-20
+        self._scale = 0.0 if negligible else energy**-0.5
+        self.rows = (measured * self._scale).flatten(0, 1)
+
+    def restore(self, expand: Tensor) -> Tensor:
+        """(G, D, R) in the teacher's own units, from (G * D, R)."""
+        if not self._scale:
+            return torch.zeros(self._groups, self._width, expand.shape[1], dtype=expand.dtype)
+        return self._inverse @ expand.view(self._groups, self._width, -1) / self._scale
+
+
+def _query_metric(q_nope: Tensor, groups: int, moment: SecondMoment) -> Tensor:
+    """(G, D, D): mean square score that a key error causes in the heads that share it."""
+    gram = q_nope @ moment.matrix @ q_nope.mT  # (H, D, D)
+    return gram.unflatten(0, (groups, -1)).sum(1)
+
+
+def _output_metric(output: Tensor, heads: int, groups: int) -> Tensor:
+    """(G, D, D): squared output error that a value error causes; ``output`` is (E, H * D)."""
+    per_head = output.unflatten(1, (heads, -1)).permute(1, 0, 2)  # (H, E, D)
+    return (per_head.mT @ per_head).unflatten(0, (groups, -1)).sum(1)
+
+
+def _kept(
+    whole: Tensor, part: Tensor, expand: Tensor, factors: Factors, moment: SecondMoment
+) -> float:
+    """Share of the energy of ``whole`` left when ``part`` of it goes through the factors."""
+    error = part - expand @ factors.reduce
+    return max(0.0, 1.0 - moment.energy(error) / max(moment.energy(whole), 1e-30))
+
+
+def _fit_width(
+    q_nope: Tensor,
+    k_expand: Tensor,
+    width: int,
+    metric: Tensor,
+    factors: Factors,
+    moment: SecondMoment,
+) -> tuple[Tensor, Tensor]:
+    """Queries (H, D, I) and key expansion (G, D, R) at another width C: padded, or the C directions
+    of each KV head that carry most of its scores."""
+    head_dim = q_nope.shape[1]
+    if width >= head_dim:
+        pad = (0, 0, 0, width - head_dim)
+        return torch.nn.functional.pad(q_nope, pad), torch.nn.functional.pad(k_expand, pad)
+    reduced = factors.reduce
+    latent = reduced @ moment.matrix @ reduced.T
+    queries, keys = [], []
+    by_group = q_nope.unflatten(0, (len(k_expand), -1))
+    for rows, expand, gram in zip(by_group, k_expand, metric):
+        root, inverse = weighting(gram)
+        vectors = torch.linalg.eigh(root @ expand @ latent @ expand.T @ root)[1][:, -width:]
+        keys.append(vectors.T @ root @ expand)
+        queries.append(vectors.T @ inverse @ rows)
+    return torch.cat(queries), torch.stack(keys)
