@@ -1,0 +1,1 @@
+"""Kernel benchmarks: ``python -m benchmarks.kernels``. One NVIDIA GPU; controls need vLLM."""
