@@ -8,6 +8,7 @@ out ends its group.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -19,18 +20,21 @@ from types import FrameType
 STOP_SECONDS = 8.0
 """How long a group may take to end by itself after SIGTERM."""
 
+# An exception's closing line, after the prefixes that vLLM writes: process, level, time and place.
+_EXCEPTION = re.compile(r"(?:\(.*?\) )?(?:ERROR .*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)")
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _deferring = False
 _pending: int | None = None
 
 
 class CommandFailed(RuntimeError):
-    """A command ended with a status other than 0; the text ends with the last lines of its log."""
+    """A command ended with a status other than 0; the text ends with what its log says of it."""
 
     def __init__(self, command: Sequence[str], status: int, log: Path | None) -> None:
         shown = f"`{' '.join(command)}` ended with status {status}"
         if log is not None:
-            shown += f"; the end of {log}:\n{last_lines(log)}"
+            shown += f"; {log} says:\n{errors_or_end(log)}"
         super().__init__(shown)
 
 
@@ -100,9 +104,15 @@ def run(
         raise CommandFailed(command, status, log)
 
 
-def last_lines(path: Path, count: int = 20) -> str:
-    """The end of a text file."""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-count:])
+def errors_or_end(log: Path, count: int = 20) -> str:
+    """The exceptions in a log, first one first, each once; without any, its last lines.
+
+    A server of several processes ends with what the last one made of the failure; the cause stands
+    far above, where the first one failed.
+    """
+    lines = log.read_text(errors="replace").splitlines()
+    errors = dict.fromkeys(match[1] for line in lines if (match := _EXCEPTION.match(line)))
+    return "\n".join(list(errors)[:count] or lines[-count:])
 
 
 def _start(

@@ -81,12 +81,27 @@ def test_a_signal_ends_the_program_and_its_group(number: signal.Signals, tmp_pat
 
 def test_a_failing_command_shows_the_end_of_its_log(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "log"
-    with pytest.raises(
-        CommandFailed, match=r"status 3; the end of .*log:\n(.*\n)*line 30$"
-    ) as info:
+    with pytest.raises(CommandFailed, match=r"status 3; .*log says:\n(.*\n)*line 30$") as info:
         run(["bash", "-c", "for i in {1..30}; do echo line $i >&2; done; exit 3"], log=log)
     assert "line 11\n" in str(info.value)
     assert "line 10\n" not in str(info.value)
+
+
+def test_the_cause_of_a_failure_is_found_above_its_consequences(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "(APIServer pid=1) WARNING 11-24 21:41:42 [a.py:9] may cause errors like `OSError: files`\n"
+        "(Worker pid=3) ERROR 11-24 21:41:55 [executor.py:888] Traceback (most recent call last):\n"
+        "(Worker pid=3) ERROR 11-24 21:41:55 [executor.py:888]     raise x.y.ShardError(\n"
+        "(Worker pid=3) ERROR 11-24 21:41:55 [executor.py:888] x.y.ShardError: cut off\n"
+        "(EngineCore pid=2) RuntimeError: failed. See root cause above\n"
+        "(APIServer pid=1) RuntimeError: failed. See root cause above\n"
+        "bye\n"
+    )
+    assert processes.errors_or_end(log).splitlines() == [
+        "x.y.ShardError: cut off",
+        "RuntimeError: failed. See root cause above",
+    ]
 
 
 def test_a_command_gets_variables_and_no_input(tmp_path: Path) -> None:
