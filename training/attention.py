@@ -62,6 +62,8 @@ def choose(requested: str, device: torch.device, precision: str) -> str:
     fast = device.type == "cuda" and precision == "bf16"
     if requested == "auto":
         return "varlen" if fast else "sdpa"
+    if requested == "flex" and device.type == "cpu":
+        raise AttnEditError("run.attention", requested, "use sdpa: it has no backward on a CPU")
     if requested == "varlen" and device.type == "cuda" and not fast:
         raise AttnEditError("run.attention", requested, "use run.precision: bf16, or flex or sdpa")
     return requested

@@ -52,7 +52,7 @@ class StudentLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sum of KL over loss positions, agreements among them, mean cosine distance."""
         hidden = self.student(batch, masks)
-        kept = hidden.flatten(0, 1).index_select(0, batch.loss_index).to(self._dtype)
+        kept = batch.pick(hidden.flatten(0, 1)).to(self._dtype)
         kl, agreed = chunked_kl(
             kept,
             self.student.head,

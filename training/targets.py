@@ -74,17 +74,17 @@ class TeacherTargets:
         if self._cache is not None and self._states is None:
             found = self._cache.read(batch)
             if found is not None:
-                return TopK(found.logp[batch.loss_index], found.ids[batch.loss_index]), []
+                return TopK(batch.pick(found.logp), batch.pick(found.ids)), []
         hidden = self._teacher(batch, masks).flatten(0, 1)  # (B T, E)
         states = self._states.take() if self._states else []
         head = self._teacher.head
         if self._k is None:
-            return Dense(hidden.index_select(0, batch.loss_index), head), states
+            return Dense(batch.pick(hidden), head), states
         if self._cache is None:
-            return self._top_k(hidden.index_select(0, batch.loss_index), head), states
+            return self._top_k(batch.pick(hidden), head), states
         whole = self._top_k(hidden, head)
         self._cache.write(batch, whole)
-        return TopK(whole.logp[batch.loss_index], whole.ids[batch.loss_index]), states
+        return TopK(batch.pick(whole.logp), batch.pick(whole.ids)), states
 
     def _top_k(self, hidden: Tensor, head: Tensor) -> TopK:
         assert self._k is not None

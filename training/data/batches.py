@@ -16,6 +16,7 @@ from torch import Tensor
 
 from training.data.packing import PackedSequences, Sequence
 
+_NEARLY_ALL = 0.9
 _PADDED = 64
 """Document counts are padded to a multiple, so that compiled code sees few shapes."""
 
@@ -31,8 +32,8 @@ class Batch:
         cu_seqlens: (D + 1,) int32, ends of the documents in the flattened batch, starting with 0;
             padded with empty documents at the end.
         max_length: of a document, rounded up to a power of two.
-        loss_index: (N,) int64, flattened positions whose *next* token is learned; padded with 0.
-        loss_weight: (N,) float32, 1, or 0 for padding.
+        loss_index: (N,) int64, flattened positions that the loss looks at; ``None`` for all.
+        loss_weight: (N,) float32, 1 where the *next* token is learned, 0 elsewhere.
         loss_tokens: positions that count.
         sequences: numbers of the sequences in the order of the run.
     """
@@ -42,7 +43,7 @@ class Batch:
     documents: Tensor
     cu_seqlens: Tensor
     max_length: int
-    loss_index: Tensor
+    loss_index: Tensor | None
     loss_weight: Tensor
     loss_tokens: int
     sequences: tuple[int, ...]
@@ -50,6 +51,10 @@ class Batch:
     @property
     def tokens(self) -> int:
         return self.input_ids.numel()
+
+    def pick(self, values: Tensor) -> Tensor:
+        """The rows (N, ...) of flattened values (B T, ...) that the loss looks at."""
+        return values if self.loss_index is None else values.index_select(0, self.loss_index)
 
     def to(self, device: torch.device) -> Batch:
         """On another device; from pinned memory without waiting."""
@@ -95,10 +100,7 @@ def make_batch(
     counts[:, :-1] = ~starts[:, 1:]
     if answers_only:
         counts[:, :-1] &= np.stack([s.answers for s in sequences])[:, 1:]
-    index = np.flatnonzero(counts)
-    padded = -(-max(1, len(index)) // chunk) * chunk
-    weight = np.zeros(padded, dtype=np.float32)
-    weight[: len(index)] = 1
+    index, weight = _loss_positions(counts.ravel(), chunk)
 
     bounds = np.append(np.flatnonzero(starts), rows * length)
     longest = int(np.diff(bounds).max())
@@ -110,11 +112,27 @@ def make_batch(
         documents=torch.from_numpy(documents),
         cu_seqlens=torch.from_numpy(ends),
         max_length=max(128, 1 << (longest - 1).bit_length()),
-        loss_index=torch.from_numpy(np.pad(index, (0, padded - len(index)))),
+        loss_index=None if index is None else torch.from_numpy(index),
         loss_weight=torch.from_numpy(weight),
-        loss_tokens=len(index),
+        loss_tokens=int(counts.sum()),
         sequences=numbers,
     )
+
+
+def _loss_positions(counts: np.ndarray, chunk: int) -> tuple[np.ndarray | None, np.ndarray]:
+    """Positions that the loss looks at and their weights, a whole number of chunks where possible.
+
+    If nearly all count, all are taken: a zero weight costs less than gathering. Otherwise those that
+    count are, filled up with others, each once, since adding up gradients of repeated positions in a
+    fixed order is slow on a GPU.
+    """
+    used, unused = np.flatnonzero(counts), np.flatnonzero(~counts)
+    if len(used) >= _NEARLY_ALL * len(counts):
+        return None, counts.astype(np.float32)
+    fill = min(-max(len(used), 1) % chunk, len(unused))
+    weight = np.zeros(len(used) + fill, dtype=np.float32)
+    weight[: len(used)] = 1
+    return np.concatenate([used, unused[:fill]]), weight
 
 
 class BatchStream:

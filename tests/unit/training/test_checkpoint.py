@@ -1,0 +1,249 @@
+"""What survives: parts of a bounded size, resumed runs bit for bit, disks that fill up."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.training.small import small_config, write_text
+from training import loop, parts
+from training.checkpoint import find_checkpoints, read_state
+from training.parts import PartsReader, write_parts
+from training.progress import read_metrics, rewind_metrics
+from training.runs import train
+from vllm_attnedit.errors import AttnEditError
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shapes=st.lists(
+        st.lists(st.integers(0, 9), min_size=0, max_size=3), min_size=1, max_size=6
+    ),
+    limit=st.integers(8, 2000),
+    kinds=st.lists(st.sampled_from(["float32", "bfloat16", "uint8"]), min_size=6, max_size=6),
+)
+def test_parts_give_back_what_was_written(tmp_path_factory, shapes, limit, kinds):
+    folder = tmp_path_factory.mktemp("parts")
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        f"t{i}": (100 * torch.rand(shape, generator=draw)).to(getattr(torch, kinds[i]))
+        for i, shape in enumerate(shapes)
+    }
+    write_parts(folder, "w-0", tensors.items(), limit)
+    reader = PartsReader(folder, "w-")
+    assert list(reader) == list(tensors)
+    for name, tensor in tensors.items():
+        found = reader.load(name)
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor)
+        assert reader.shape(name) == tuple(tensor.shape)
+
+
+def test_no_file_exceeds_the_limit(tmp_path):
+    limit = 1 << 20
+    tensors = [(f"t{i}", torch.zeros(150_000 + i)) for i in range(7)]
+    write_parts(tmp_path, "w-0", [*tensors, ("big", torch.arange(600_000.0))], limit)
+    sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
+    assert max(sizes) <= limit
+    assert len(sizes) == 8
+    assert torch.equal(PartsReader(tmp_path).load("big"), torch.arange(600_000.0))
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    write_parts(tmp_path, "w-0", [("a", torch.ones(10))])
+    (tmp_path / "w-0-000.safetensors").write_bytes(b"short")
+    with pytest.raises(AttnEditError, match=r"w-0-000\.safetensors"):
+        PartsReader(tmp_path).load("a")
+
+
+def run(folder, pair, text, stage, **sections):
+    return train(small_config(folder, *pair, text, **sections), stage)
+
+
+def interrupt(monkeypatch, after):
+    """Ends a run in the middle of a step, as a kill would: nothing is saved."""
+    steps = 0
+    original = loop.Loop._step
+
+    def step(self, *args):
+        nonlocal steps
+        steps += 1
+        if steps > after:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(loop.Loop, "_step", step)
+
+
+def weights(folder):
+    reader = PartsReader(find_checkpoints(folder / "checkpoints")[-1])
+    return {name: reader.load(name) for name in reader}
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_resumed_run_repeats_every_bit(tmp_path, pair, text, stage, monkeypatch):
+    run(tmp_path / "whole", pair, text, stage)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, after=5)
+        run(tmp_path / "cut", pair, text, stage)
+    saved = find_checkpoints(tmp_path / "cut" / "checkpoints")
+    assert [path.name for path in saved] == ["step-00000002", "step-00000004"]
+    assert [row["step"] for row in read_metrics(tmp_path / "cut")] == [1, 2, 3, 4, 5]
+    outcome = run(tmp_path / "cut", pair, text, stage)
+    assert outcome.finished
+    assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_old_checkpoints_go_and_finished_runs_stay(tmp_path, pair, text, capsys):
+    outcome = run(tmp_path, pair, text, "stage1", checkpoint={"every_steps": 1, "keep": 3})
+    names = [path.name for path in find_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-00000004", "step-00000005", "step-00000006"]
+    again = run(tmp_path, pair, text, "stage1")
+    assert again == outcome
+    assert "6 of 6 steps are done" in capsys.readouterr().out
+
+
+def test_provenance(tmp_path, pair, text):
+    run(tmp_path, pair, text, "stage2")
+    state = read_state(find_checkpoints(tmp_path / "checkpoints")[-1])
+    assert state["tokens"] == 6 * 4 * 64
+    assert state["next_sequence"] == 24
+    assert state["config"]["optim.batch"] == 4
+    assert {"teacher", "student", "versions", "commit", "command", "data"} <= state["provenance"].keys()
+    assert len(state["data_hash"]) == 64
+    stored = json.loads((tmp_path / "model" / "config.json").read_text())["provenance"]
+    assert stored["stage"] == "stage2"
+    assert stored["tokens_seen"] == state["tokens"]
+    assert stored["stages"][-1]["data_hash"] == state["data_hash"]
+
+
+@pytest.mark.parametrize("weights_as", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer_as", ["bf16", "none"])
+def test_compact_states_travel_and_go_on(tmp_path, pair, text, weights_as, optimizer_as):
+    compact = {"weights": weights_as, "optimizer": optimizer_as, "parts_mb": 0.25}
+    first = tmp_path / "first"
+    run(first, pair, text, "stage1", run={"minutes": 1e-9}, checkpoint=compact)
+    (saved,) = find_checkpoints(first / "checkpoints")
+    assert saved.name == "step-00000001"
+    assert max(file.stat().st_size for file in saved.iterdir()) <= 1 << 18
+    carried = shutil.copytree(saved, tmp_path / "carried")
+    outcome = run(tmp_path / "second", pair, text, "stage1", checkpoint={"resume": str(carried)})
+    assert outcome.finished
+    rows = read_metrics(tmp_path / "second")
+    assert [row["step"] for row in rows] == [2, 3, 4, 5, 6]
+    run(tmp_path / "whole", pair, text, "stage1")
+    expected = read_metrics(tmp_path / "whole")
+    # The state was rounded, not lost: the loss goes on from where it was.
+    assert rows[0]["loss"] == pytest.approx(expected[1]["loss"], rel=5e-3)
+    assert rows[-1]["loss"] < expected[0]["loss"]
+
+
+def test_lost_moments_warm_up_again(tmp_path, pair, text):
+    run(
+        tmp_path, pair, text, "stage1",
+        run={"minutes": 1e-9}, optim={"warmup": 0.5}, checkpoint={"optimizer": "none"},
+    )  # fmt: skip
+    for _ in range(2):
+        run(
+            tmp_path, pair, text, "stage1",
+            run={"minutes": 1e-9}, optim={"warmup": 0.5}, checkpoint={"optimizer": "none"},
+        )  # fmt: skip
+    rates = [row["lr"] for row in read_metrics(tmp_path)]
+    assert len(rates) == 3
+    assert rates[2] == pytest.approx(rates[0])  # risen anew, where 3/4 of the peak was due
+
+
+@pytest.mark.parametrize("failing", ["weights", "state"])
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, pair, text, monkeypatch, failing):
+    saves = 0
+    original = parts.save_file
+
+    def save(tensors, path):
+        nonlocal saves
+        saves += 1
+        if saves > 2:  # weights and optimiser of the first checkpoint
+            path.write_bytes(b"the beginning")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, path)
+
+    def publish(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if failing == "weights":
+        monkeypatch.setattr(parts, "save_file", save)
+    else:
+        run(tmp_path, pair, text, "stage1", run={"minutes": 1e-9})
+        monkeypatch.setattr("training.checkpoint.publish", publish)
+    with pytest.raises(AttnEditError, match="No space left") as raised:
+        run(tmp_path, pair, text, "stage1")
+    assert "\n" not in str(raised.value)
+    monkeypatch.undo()
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-00000002" if failing == "weights" else "step-00000001"]
+    assert run(tmp_path, pair, text, "stage1").finished
+    run(tmp_path / "whole", pair, text, "stage1")
+    assert read_metrics(tmp_path) == read_metrics(tmp_path / "whole")
+
+
+def test_what_changed_is_refused_by_name(tmp_path, pair, text):
+    run(tmp_path, pair, text, "stage1", run={"minutes": 1e-9})
+    with pytest.raises(AttnEditError, match=r"stage1\.lr.*0\.001.*set it back"):
+        run(tmp_path, pair, text, "stage1", stage1={"lr": 1e-4})
+    with pytest.raises(AttnEditError, match=r"optim\.tokens"):
+        run(tmp_path, pair, text, "stage1", optim={"tokens": 1e5})
+    with pytest.raises(AttnEditError, match="stage1"):
+        run(tmp_path, pair, text, "stage2")
+    with pytest.raises(AttnEditError, match=r"checkpoint\.resume"):
+        run(tmp_path, pair, text, "stage1", checkpoint={"resume": "never"})
+    other = write_text(tmp_path / "other.txt", seed=5)
+    with pytest.raises(AttnEditError, match="data"):
+        run(tmp_path, pair, other, "stage1", data={"shards": str(tmp_path / "others")})
+    with pytest.raises(AttnEditError, match="nowhere"):
+        run(tmp_path / "new", pair, text, "stage1", checkpoint={"resume": "nowhere"})
+    # How and where are free.
+    changed = {"optim": {"micro_batch": 4}, "log": {"every": 1}, "checkpoint": {"keep": 5}}
+    assert run(tmp_path, pair, text, "stage1", **changed).finished
+
+
+def test_metrics_forget_what_a_kill_left_unfinished(tmp_path):
+    rows = [json.dumps({"step": i}) for i in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 6, "lo')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    rewind_metrics(tmp_path, 3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_layer(
+    tmp_path, pair, text, stage, monkeypatch
+):
+    original = loop.Loop._step
+
+    def poisoned(self, step, batches):
+        if step == 3:
+            name = next(n for n in self._stage.trained if "layers.2." in n)
+            with torch.no_grad():
+                self._stage.trained[name].fill_(float("nan"))
+        return original(self, step, batches)
+
+    monkeypatch.setattr(loop.Loop, "_step", poisoned)
+    with pytest.raises(AttnEditError, match=r"step 4.*layer 2.*step-00000002"):
+        run(tmp_path, pair, text, stage)
+    monkeypatch.undo()
+    assert run(tmp_path, pair, text, stage).finished
+    assert np.isfinite([row["loss"] for row in read_metrics(tmp_path)]).all()
+
+
+def test_curves_and_tensorboard_are_drawn(tmp_path, pair, text):
+    run(tmp_path, pair, text, "stage1", log={"curves": True, "tensorboard": True})
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((tmp_path / "tensorboard").glob("events*"))

@@ -1,0 +1,85 @@
+"""Perplexity of a text at several context lengths, and agreement with the teacher on it.
+
+A text is cut into windows of one length, without overlap; every token but a window's first counts.
+
+Shapes: W windows, T tokens, E hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from training.evaluation.intervals import Estimate, exponential, mean_of
+from training.kl import divergence
+from vllm_attnedit.hf import AttnEditForCausalLM
+
+_CHUNK = 2048
+"""Positions whose logits exist at once."""
+
+
+def _hidden(model: AttnEditForCausalLM, ids: Tensor) -> Tensor:
+    """Last hidden states at all positions but the last, (rows, T - 1, E)."""
+    states: Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    return states[:, :-1]
+
+
+def _batches(ids: Tensor, tokens: int) -> Iterator[Tensor]:
+    """Groups of windows with about so many tokens in all."""
+    yield from ids.split(max(1, tokens // ids.shape[1]))
+
+
+@torch.no_grad()
+def window_losses(model: AttnEditForCausalLM, ids: Tensor, tokens: int = 1 << 15) -> list[float]:
+    """Mean loss in nats a token of every window.
+
+    Args:
+        model: on its device.
+        ids: windows (W, T).
+        tokens: of one forward pass.
+    """
+    head, found = model.lm_head.weight, []
+    for rows in _batches(ids, tokens):
+        on_device = rows.to(head.device)
+        hidden = _hidden(model, on_device)
+        for states, wanted in zip(hidden, on_device[:, 1:]):
+            parts = [
+                functional.cross_entropy((h @ head.t()).float(), w, reduction="sum")
+                for h, w in zip(states.split(_CHUNK), wanted.split(_CHUNK))
+            ]
+            found.append(torch.stack(parts).sum().item() / len(wanted))
+    return found
+
+
+def perplexity(model: AttnEditForCausalLM, ids: Tensor) -> Estimate:
+    """Perplexity with an interval over windows."""
+    return exponential(mean_of(window_losses(model, ids)))
+
+
+@torch.no_grad()
+def agreement(
+    model: AttnEditForCausalLM, teacher: AttnEditForCausalLM, ids: Tensor, tokens: int = 1 << 15
+) -> dict[str, Estimate]:
+    """How a model's next-token distributions compare with the teacher's.
+
+    Returns:
+        ``top1``: share of positions with the same likeliest token; ``kl``: mean KL(teacher || model)
+        in nats; intervals over windows.
+    """
+    same: list[float] = []
+    distance: list[float] = []
+    for rows in _batches(ids, tokens):
+        on_device = rows.to(model.lm_head.weight.device)
+        for mine, theirs in zip(_hidden(model, on_device), _hidden(teacher, on_device)):
+            hits, total = 0.0, 0.0
+            for a, b in zip(mine.split(_CHUNK), theirs.split(_CHUNK)):
+                student = (a @ model.lm_head.weight.t()).float()
+                target = (b @ teacher.lm_head.weight.t()).float()
+                hits += (student.argmax(-1) == target.argmax(-1)).sum().item()
+                total += divergence(student, target).sum().item()
+            same.append(hits / len(mine))
+            distance.append(total / len(mine))
+    return {"top1": mean_of(same), "kl": mean_of(distance)}
