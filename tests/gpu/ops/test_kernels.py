@@ -70,7 +70,7 @@ def window_grid(requests):
         )
 
 
-@pytest.mark.parametrize("case", window_grid(decode_requests), ids=str)
+@pytest.mark.parametrize("case", list(window_grid(decode_requests)), ids=str)
 def test_gateswa_decode(case):
     assert measure.decode_error(case, "cuda") < BOUNDS[case.dtype]
 
@@ -81,6 +81,7 @@ def test_gateswa_decode(case):
 def test_gateswa_decode_split_over_programs(splits, dtype, gate):
     case = WindowCase(
         head_dim=128,
+        block=32,
         window=600,
         dtype=dtype,
         gate=gate,
@@ -88,6 +89,35 @@ def test_gateswa_decode_split_over_programs(splits, dtype, gate):
         config={"rows": 16, "tile": 32, "splits": splits, "aligned": splits == 4},
     )
     assert measure.decode_error(case, "cuda") < BOUNDS[dtype]
+
+
+HOPPER_CASES = [
+    WindowCase(
+        head_dim=head_dim,
+        group=group,
+        kv_heads=cycle((2, 1, 8), index),
+        block=cycle((16, 64, 32), index),
+        window=window,
+        dtype=cycle(("bf16", "fp16"), index),
+        gate=cycle(GATES, index // 2),
+        layout=cycle(LAYOUTS, index // 3),
+        requests=decode_requests(window, 1 if group <= 4 else 0),
+        seed=index,
+        config={"rows": 16, "tile": tile, "single": window + 3 <= tile},
+    )
+    for index, (head_dim, group, window, tile) in enumerate(
+        itertools.product((64, 96, 128), (1, 3, 4, 8), (1, 61, 125, 128, 700), (64, 128))
+    )
+]
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="the kernel is for Hopper GPUs",
+)
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_gateswa_decode_hopper(case):
+    assert measure.decode_error(case, "cuda") < BOUNDS[case.dtype]
 
 
 @pytest.mark.parametrize("batch", [1, 16, 200])
@@ -106,7 +136,7 @@ def test_gateswa_decode_with_the_launch_of_each_batch_size(batch, window, dtype)
     assert measure.decode_error(case, "cuda") < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("case", window_grid(chunk_requests), ids=str)
+@pytest.mark.parametrize("case", list(window_grid(chunk_requests)), ids=str)
 def test_gateswa_prefill(case):
     assert measure.prefill_error(case, "cuda") < BOUNDS[case.dtype]
 
@@ -187,7 +217,9 @@ WRITE_CASES = [
 
 @pytest.mark.parametrize("case", WRITE_CASES, ids=str)
 def test_kv_write(case):
-    assert measure.write_error(case, "cuda") < BOUNDS[case.dtype]
+    # A step of FP8 is 6% to 12%: one entry that falls to the other side of a tie shows.
+    bound = 1e-2 if case.fp8 else BOUNDS[case.dtype]
+    assert measure.write_error(case, "cuda") < bound
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -48,7 +48,10 @@ def decode_error(case: WindowCase, device: str = "cpu") -> float:
         "max_query_len": max_query_len,
         "workspace": None,
     }
-    launch = config.DecodeConfig(**case.config) if case.config else None
+    launch: Any = None
+    if case.config:
+        kind = config.HopperConfig if "single" in case.config else config.DecodeConfig
+        launch = kind(**case.config)
     got = _twice(
         lambda out: kernel.gateswa_decode(**_arguments(batch), **arguments, out=out, config=launch),
         poisoned(tuple(batch.q.shape), batch.q.dtype, device),

@@ -35,6 +35,21 @@ class DecodeConfig:
     aligned: bool = False
 
 
+@dataclass(frozen=True)
+class HopperConfig:
+    """Launch parameters of the Hopper kernel, which never splits a window.
+
+    Attributes:
+        rows: query rows of a program.
+        tile: keys of one step; a multiple of the block size.
+        single: one step takes the window.
+    """
+
+    rows: int
+    tile: int
+    single: bool
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
@@ -83,3 +98,28 @@ def decode_config(
     while tile > 16 and 2 * tile * width * itemsize > TILE_BYTES:
         tile //= 2
     return DecodeConfig(rows=rows, tile=tile, splits=splits)
+
+
+#: Query rows that the Hopper kernel takes: the narrow side of its matrix products.
+HOPPER_ROWS = 16
+
+
+def hopper_config(
+    *, group: int, max_query_len: int, width: int, window: int, page: int
+) -> HopperConfig | None:
+    """The Hopper kernel's launch, or None for shapes that it does not take.
+
+    Args:
+        group: query heads a KV head.
+        max_query_len: query tokens a request, at most.
+        width: head width, padded to a power of two.
+        window: keys a token sees.
+        page: block size.
+    """
+    rows = power_of_two(max(8, group * max_query_len))
+    span = window + max_query_len - 1
+    # One step where that is enough; otherwise small ones, of which four programs fit side by side.
+    tile = 128 if 64 < span <= 128 else 64
+    if rows > HOPPER_ROWS or width not in (64, 128) or tile % page:
+        return None
+    return HopperConfig(rows=rows, tile=tile, single=span <= tile)

@@ -16,8 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_attnedit.ops.checks import require
 from vllm_attnedit.ops.combine import combine, partials
-from vllm_attnedit.ops.gateswa_decode.config import DecodeConfig, decode_config
+from vllm_attnedit.ops.gateswa_decode.config import (
+    DecodeConfig,
+    HopperConfig,
+    decode_config,
+    hopper_config,
+)
 from vllm_attnedit.ops.tiles import (
     LOG2E,
     gate_kind,
@@ -26,6 +32,9 @@ from vllm_attnedit.ops.tiles import (
     normalise,
     online_softmax,
 )
+
+#: Gluon changes between releases of Triton; the Hopper kernel is tested with this one.
+HOPPER_TRITON = "3.6."
 
 
 @triton.jit(do_not_specialize=["num_tasks", "num_tokens"])
@@ -202,7 +211,7 @@ def gateswa_decode(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     workspace: Tensor | None,
-    config: DecodeConfig | None = None,
+    config: DecodeConfig | HopperConfig | None = None,
 ) -> Tensor:
     """See :func:`vllm_attnedit.ops.gateswa_decode.gateswa_decode`.
 
@@ -224,6 +233,40 @@ def gateswa_decode(
             num_kv_heads=kv_heads,
             multiprocessors=multiprocessors(q.device),
         )
+        if config.splits == 1 and _runs_hopper_kernel(q, key_cache):
+            config = (
+                hopper_config(
+                    group=group,
+                    max_query_len=max_query_len,
+                    width=padded,
+                    window=sliding_window,
+                    page=page,
+                )
+                or config
+            )
+    if isinstance(config, HopperConfig):
+        from vllm_attnedit.ops.gateswa_decode import hopper
+
+        return hopper.gateswa_decode(
+            q,
+            key_cache,
+            value_cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            sliding_window=sliding_window,
+            scale=scale,
+            max_query_len=max_query_len,
+            gate=gate,
+            out=out,
+            config=config,
+        )
+    require(
+        not config.aligned or page % config.tile == 0,
+        "config.tile",
+        config.tile,
+        f"use a divisor of the block size, {page}, with aligned tiles",
+    )
     kind = gate_kind(gate, heads)
     query_tiles = triton.cdiv(max_query_len, config.rows // group)
     num_tasks = requests * kv_heads * query_tiles * config.splits
@@ -273,3 +316,13 @@ def gateswa_decode(
     if config.splits > 1:
         combine(partial, partial_lse, query_start_loc, gate, out, config.splits)
     return out
+
+
+def _runs_hopper_kernel(q: Tensor, cache: Tensor) -> bool:
+    return (
+        q.is_cuda
+        and q.element_size() == 2
+        and cache.dtype == q.dtype
+        and triton.__version__.startswith(HOPPER_TRITON)
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+    )

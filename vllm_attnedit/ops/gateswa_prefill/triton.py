@@ -30,12 +30,21 @@ from vllm_attnedit.ops.tiles import (
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Launch parameters: query rows and keys of a tile, warps, depth of the load pipeline."""
+    """Launch parameters.
+
+    Attributes:
+        rows: query rows of a program.
+        tile: keys of one step.
+        warps: warps of a program.
+        stages: depth of the load pipeline.
+        registers: bound on a thread's registers, so that more programs run side by side.
+    """
 
     rows: int
     tile: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_tasks"])
@@ -110,6 +119,11 @@ def _prefill_kernel(
                 mask=both_ok,
                 other=0.0,
             )
+            if GATE == 1:
+                # One logit a row is cheap to hold; a tile of them is not, and is loaded at the end.
+                logits = gate_logits(
+                    gate_ptr, query_start + token, head, dim, row_ok, dim_ok, stride_gate, WIDTH, 1
+                )
             running_max = tl.full([ROWS], -1e30, tl.float32)
             running_sum = tl.zeros([ROWS], tl.float32)
             acc = tl.zeros([ROWS, PADDED], tl.float32)
@@ -174,18 +188,11 @@ def _prefill_kernel(
                 acc = tl.dot(weights.to(q.dtype), v_tile, acc, input_precision="ieee")
 
             result = normalise(acc, running_max, running_sum)
-            if GATE > 0:
+            if GATE == 2:
                 logits = gate_logits(
-                    gate_ptr,
-                    query_start + token,
-                    head,
-                    dim,
-                    row_ok,
-                    dim_ok,
-                    stride_gate,
-                    WIDTH,
-                    GATE,
+                    gate_ptr, query_start + token, head, dim, row_ok, dim_ok, stride_gate, WIDTH, 2
                 )
+            if GATE > 0:
                 result *= tl.sigmoid(logits.to(tl.float32))
             tl.store(
                 out_ptr
@@ -198,16 +205,19 @@ def _prefill_kernel(
 
 
 def prefill_config(*, group: int, width: int, itemsize: int, window: int) -> PrefillConfig:
-    """The launch for heads of ``width`` (padded): a measured table."""
-    rows = max(128 if width <= 128 else 64, triton.next_power_of_2(group))
+    """The launch for heads of ``width`` (padded): a measured table.
+
+    Small tiles and few registers: a program spends most of its time waiting, so that what counts is
+    how many run side by side.
+    """
+    rows = max(64, triton.next_power_of_2(group))
     if itemsize > 2:
         # No tensor cores in full float32: small tiles keep accumulators in registers.
-        return PrefillConfig(
-            rows=max(32, triton.next_power_of_2(group)), tile=32, warps=4, stages=1
-        )
-    tile = 64 if width <= 128 else 32
-    tile = min(tile, max(16, triton.next_power_of_2(window + rows // group - 1)))
-    return PrefillConfig(rows=rows, tile=tile, warps=8 if rows >= 128 else 4, stages=3)
+        rows = max(32, triton.next_power_of_2(group))
+        return PrefillConfig(rows=rows, tile=32, warps=4, stages=1)
+    tile = min(32, max(16, triton.next_power_of_2(window + rows // group - 1)))
+    registers = 128 if width <= 128 else None
+    return PrefillConfig(rows=rows, tile=tile, warps=4, stages=2, registers=registers)
 
 
 def gateswa_prefill(
@@ -282,5 +292,6 @@ def gateswa_prefill(
             TILE=config.tile,
             STAGES=config.stages,
             num_warps=config.warps,
+            maxnreg=config.registers,
         )
     return out
