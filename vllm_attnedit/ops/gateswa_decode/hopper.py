@@ -2,9 +2,9 @@
 
 What bounds window decode is latency: a program reads a few dozen KiB and ends. So keys and values
 are asked for before anything waits. A window of one tile goes to shared memory by asynchronous
-copies; in longer ones, values travel in registers, so that the next tile's loads are under way while
-this one is multiplied. Scores are formed transposed, keys by query rows: the matrix unit's 64-row
-operand is then the tile of keys, and the few query rows are its narrow side.
+copies; in longer ones, values travel in registers, so that the next tile's loads are under way
+while this one is multiplied. Scores are formed transposed, keys by query rows: the matrix unit's
+64-row operand is then the tile of keys, and the few query rows are its narrow side.
 
 The tile starts at a page: entry i of the tile lies in page ``i // PAGE`` for every window, which
 spares the address arithmetic. What lies before the window in the first page makes room for the
