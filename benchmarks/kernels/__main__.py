@@ -89,6 +89,8 @@ def record(result: Result, event: dict[str, Any]) -> None:
         )
     elif kind == "note":
         result.cases[event["case"]].notes[event["contestant"]] = event["note"]
+    elif kind == "floor":
+        result.cases[event["case"]].floor_us = event["us"]
     elif kind == "time":
         result.cases[event["case"]].us[event["contestant"]] = event["us"]
         result.cases[event["case"]].spread[event["contestant"]] = event["spread"]

@@ -1,4 +1,4 @@
-"""Times of kernels by replays of CUDA graphs, and the ceilings that they are held against.
+"""Times of kernels by replays of CUDA graphs.
 
 A graph holds many launches, so that the cost of starting it disappears; launches rotate among input
 sets that together exceed the L2 cache several times, so that each finds its bytes in memory.
@@ -7,7 +7,6 @@ sets that together exceed the L2 cache several times, so that each finds its byt
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -67,28 +66,3 @@ def compare(replays: dict[str, Replay], rounds: int, per_round: int) -> dict[str
         for name, replay in replays.items():
             times[name] += replay.times(per_round)
     return times
-
-
-def copy_bandwidth() -> float:
-    """GB/s of a device-to-device copy, bytes read plus bytes written: the better of two ways.
-
-    A copy node of a graph uses the copy engines, which do not fill the memory system; a kernel
-    that writes what it reads does.
-    """
-    source = torch.randn(2**30, dtype=torch.bfloat16, device="cuda")
-    target = torch.empty_like(source)
-    traffic = 2 * source.numel() * source.element_size()
-    best = 0.0
-    for call in (lambda: target.copy_(source), lambda: torch.mul(source, 1, out=target)):
-        times = Replay([call], expected_us=GRAPH_US).times(7)
-        best = max(best, traffic / statistics.median(times) / 1e3)
-    return best
-
-
-def matmul_rate() -> float:
-    """TFLOP/s of an 8192-cubed bfloat16 product on random data."""
-    n = 8192
-    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    out = torch.empty_like(a)
-    replay = Replay([lambda: torch.mm(a, b, out=out)], expected_us=GRAPH_US)
-    return 2 * n**3 / statistics.median(replay.times(7)) / 1e6

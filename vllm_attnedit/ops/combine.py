@@ -16,6 +16,9 @@ from torch import Tensor
 from vllm_attnedit.ops.checks import require
 from vllm_attnedit.ops.tiles import gate_kind
 
+#: Elements of a head, and shares of it, that a program holds at once.
+BLOCK, STEP = 128, 8
+
 
 @triton.jit(do_not_specialize=["num_requests", "num_tokens", "num_tasks"])
 def _combine_kernel(
@@ -32,27 +35,36 @@ def _combine_kernel(
     stride_out_head,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
     GATE: tl.constexpr,
     SPLITS: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    dim = tl.arange(0, PADDED)
-    dim_ok = dim < WIDTH
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     split = tl.arange(0, SPLITS)
     written = tl.load(query_start_ptr + num_requests)
     for task in range(tl.program_id(0), num_tasks, tl.num_programs(0)):
-        token = task // HEADS
-        head = task % HEADS
+        token = task // (HEADS * BLOCKS)
+        head = task // BLOCKS % HEADS
+        dim = task % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+        dim_ok = dim < WIDTH
         if token < written:
-            part = (tl.cast(split, tl.int64) * num_tokens + token) * HEADS + head
-            lse = tl.load(partial_lse_ptr + part)
-            share = tl.exp2(lse - tl.max(lse, 0))
-            share = share / tl.sum(share, 0)
-            partial = tl.load(
-                partial_ptr + part[:, None] * WIDTH + dim[None, :], mask=dim_ok[None, :], other=0.0
-            )
-            result = tl.sum(partial * share[:, None], 0)
             row = tl.cast(token, tl.int64)
+            stride = tl.cast(num_tokens, tl.int64) * HEADS
+            lse = tl.load(partial_lse_ptr + split * stride + row * HEADS + head)
+            largest = tl.max(lse, 0)
+            total = tl.sum(tl.exp2(lse - largest), 0)
+            result = tl.zeros([BLOCK], tl.float32)
+            for first in range(0, SPLITS, STEP):
+                part = (first + tl.arange(0, STEP)) * stride + row * HEADS + head
+                share = tl.exp2(tl.load(partial_lse_ptr + part) - largest)
+                partial = tl.load(
+                    partial_ptr + part[:, None] * WIDTH + dim[None, :],
+                    mask=dim_ok[None, :],
+                    other=0.0,
+                )
+                result += tl.sum(partial * share[:, None], 0)
+            result = result / total
             if GATE == 1:
                 result *= tl.sigmoid(tl.load(gate_ptr + row * stride_gate + head).to(tl.float32))
             if GATE == 2:
@@ -86,8 +98,10 @@ def combine(
         splits: a power of two.
     """
     tokens, heads, width = out.shape
+    block = min(BLOCK, triton.next_power_of_2(width))
+    num_tasks = tokens * heads * triton.cdiv(width, block)
     with torch.cuda.device_of(out):
-        _combine_kernel[(tokens * heads,)](
+        _combine_kernel[(num_tasks,)](
             partial,
             partial_lse,
             query_start_loc,
@@ -95,16 +109,17 @@ def combine(
             out,
             query_start_loc.shape[0] - 1,
             tokens,
-            tokens * heads,
+            num_tasks,
             gate.stride(0) if gate is not None else 0,
             out.stride(0),
             out.stride(1),
             HEADS=heads,
             WIDTH=width,
-            PADDED=triton.next_power_of_2(width),
             GATE=gate_kind(gate, heads),
             SPLITS=splits,
-            num_warps=1 if width <= 256 else 4,
+            STEP=min(STEP, splits),
+            BLOCK=block,
+            num_warps=1,
         )
 
 

@@ -34,19 +34,17 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def online_softmax(scores, visible, running_max, running_sum):
+def online_softmax(scores, running_max, running_sum):
     """One step of the streaming softmax in base 2.
 
     Args:
-        scores: ``(M, S)`` float32, scaled by log2(e).
-        visible: ``(M, S)``.
+        scores: ``(M, S)`` float32, scaled by log2(e), :data:`MASKED` where a row sees no key.
         running_max: ``(M,)``.
         running_sum: ``(M,)``.
 
     Returns:
         Weights ``(M, S)``, the factor ``(M,)`` for what was accumulated so far, and the new state.
     """
-    scores = tl.where(visible, scores, MASKED)
     new_max = tl.maximum(running_max, tl.max(scores, 1))
     decay = tl.exp2(running_max - new_max)
     weights = tl.exp2(scores - new_max[:, None])

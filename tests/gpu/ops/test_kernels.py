@@ -102,8 +102,14 @@ HOPPER_CASES = [
         gate=cycle(GATES, index // 2),
         layout=cycle(LAYOUTS, index // 3),
         requests=decode_requests(window, 1 if group <= 4 else 0),
+        fp8=index % 5 == 0,
         seed=index,
-        config={"rows": 16, "tile": tile, "single": window + 3 <= tile},
+        config={
+            "rows": 16,
+            "tile": tile,
+            "single": window + 3 <= tile,
+            "warps": 8 if tile == 128 and index // 2 % 2 else 4,
+        },
     )
     for index, (head_dim, group, window, tile) in enumerate(
         itertools.product((64, 96, 128), (1, 3, 4, 8), (1, 61, 125, 128, 700), (64, 128))

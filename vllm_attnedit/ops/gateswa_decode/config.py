@@ -43,11 +43,13 @@ class HopperConfig:
         rows: query rows of a program.
         tile: keys of one step; a multiple of the block size.
         single: one step takes the window.
+        warps: warps of a program: 4 for every 64 keys of a tile at most.
     """
 
     rows: int
     tile: int
     single: bool
+    warps: int = 4
 
 
 def power_of_two(n: int) -> int:

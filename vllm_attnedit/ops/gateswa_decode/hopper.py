@@ -72,6 +72,8 @@ def _hopper_kernel(
     query_start_ptr,
     gate_ptr,
     out_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     scale,
     window,
     stride_q_token,
@@ -96,13 +98,17 @@ def _hopper_kernel(
     TILE: gl.constexpr,
     SINGLE: gl.constexpr,
     ONE_QUERY: gl.constexpr,
-    num_warps: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
     dtype: gl.constexpr = q_ptr.dtype.element_ty
+    # Quantised entries pass through registers, where they are widened.
+    QUANTISED: gl.constexpr = key_ptr.dtype.element_ty != dtype
+    K_COPIED: gl.constexpr = not QUANTISED
+    V_COPIED: gl.constexpr = SINGLE and not QUANTISED
     # 16 bytes a thread, a row of keys to half a warp.
     lanes: gl.constexpr = PADDED // 8
-    loads: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [num_warps, 1], [1, 0])
-    product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, ROWS, 16])
+    loads: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [WARPS, 1], [1, 0])
+    product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, ROWS, 16])
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     by_key: gl.constexpr = gl.SliceLayout(1, product)
     by_row: gl.constexpr = gl.SliceLayout(0, product)
@@ -135,16 +141,20 @@ def _hopper_kernel(
     keys = _pointers(
         key_ptr, block, kv_head, entry, dim, PAGE, STRIDE_K_BLOCK, STRIDE_K_TOKEN, STRIDE_K_HEAD
     )
-    async_copy.async_copy_global_to_shared(k_shared, keys, mask=held)
-    async_copy.commit_group()
+    if K_COPIED:
+        async_copy.async_copy_global_to_shared(k_shared, keys, mask=held)
+        async_copy.commit_group()
+    else:
+        k = gl.load(keys, mask=held, other=0.0)
     values = _pointers(
         value_ptr, block, kv_head, entry, dim, PAGE, STRIDE_V_BLOCK, STRIDE_V_TOKEN, STRIDE_V_HEAD
     )
-    if SINGLE:
+    if V_COPIED:
         async_copy.async_copy_global_to_shared(v_shared, values, mask=held)
         async_copy.commit_group()
     else:
         v = gl.load(values, mask=held, other=0.0)
+    if not SINGLE:
         block = _blocks(table_ptr, first_page, last_page, TILE, wrap, ring, entry, PAGE)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, loads))
@@ -171,6 +181,8 @@ def _hopper_kernel(
         gate_offset = (gate_row + head * WIDTH)[None, :] + value_dim[:, None]
         logits = gl.load(gate_ptr + gate_offset, mask=out_ok, other=0.0)
 
+    if k_scale_ptr is not None:
+        scale *= gl.load(k_scale_ptr)
     key = gl.arange(0, TILE, layout=by_key)
     query_position = length - query_len + token - first_page * PAGE
     running_max = gl.full([ROWS], -1e30, gl.float32, by_row)
@@ -184,7 +196,10 @@ def _hopper_kernel(
             distance = query_position[None, :] - key_position[:, None]
             visible = visible & (distance >= 0) & (distance < window)
 
-        async_copy.wait_group(1 if SINGLE else 0)
+        if K_COPIED:
+            async_copy.wait_group(1 if V_COPIED else 0)
+        else:
+            k_shared.store(k.to(dtype))
         fence_async_shared()
         gl.thread_barrier()
         scores = gl.zeros([TILE, ROWS], gl.float32, product)
@@ -193,8 +208,9 @@ def _hopper_kernel(
         new_max = gl.maximum(running_max, gl.max(scores, 0))
         weights = gl.exp2(scores - new_max[None, :])
         weights_shared.store(gl.permute(weights.to(dtype), [1, 0]))
+        if not V_COPIED:
+            v_shared.store(v.to(dtype))
         if not SINGLE:
-            v_shared.store(v)
             # The next tile is asked for before this one's values are multiplied. The reduction
             # above is a barrier: all warps have read the keys.
             start = (tile + 1) * TILE
@@ -210,8 +226,11 @@ def _hopper_kernel(
                 STRIDE_K_TOKEN,
                 STRIDE_K_HEAD,
             )
-            async_copy.async_copy_global_to_shared(k_shared, keys, mask=held)
-            async_copy.commit_group()
+            if K_COPIED:
+                async_copy.async_copy_global_to_shared(k_shared, keys, mask=held)
+                async_copy.commit_group()
+            else:
+                k = gl.load(keys, mask=held, other=0.0)
             values = _pointers(
                 value_ptr,
                 block,
@@ -229,9 +248,9 @@ def _hopper_kernel(
         decay = gl.exp2(running_max - new_max)
         running_sum = running_sum * decay + gl.sum(weights, 0)
         running_max = new_max
-        if SINGLE:
+        if V_COPIED:
             async_copy.wait_group(0)
-        else:
+        if not SINGLE:
             acc = acc * decay[None, :]
         fence_async_shared()
         gl.thread_barrier()
@@ -239,6 +258,8 @@ def _hopper_kernel(
 
     seen = running_max > -1e29
     result = acc * gl.where(seen, 1.0 / gl.where(seen, running_sum, 1.0), 0.0)[None, :]
+    if v_scale_ptr is not None:
+        result = result * gl.load(v_scale_ptr)
     if GATE > 0:
         openness = 1.0 / (1.0 + gl.exp2(-1.4426950408889634 * logits.to(gl.float32)))
         if GATE == 1:
@@ -265,6 +286,8 @@ def gateswa_decode(
     max_query_len: int,
     gate: Tensor | None,
     out: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     config: HopperConfig,
 ) -> Tensor:
     """See :func:`vllm_attnedit.ops.gateswa_decode.gateswa_decode`; the launch is checked before."""
@@ -280,6 +303,8 @@ def gateswa_decode(
             query_start_loc,
             gate,
             out,
+            k_scale,
+            v_scale,
             scale * LOG2E,
             sliding_window,
             q.stride(0),
@@ -300,6 +325,7 @@ def gateswa_decode(
             TILE=config.tile,
             SINGLE=config.single,
             ONE_QUERY=max_query_len == 1,
-            num_warps=4,
+            WARPS=config.warps,
+            num_warps=config.warps,
         )
     return out

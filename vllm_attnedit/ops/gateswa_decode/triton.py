@@ -26,6 +26,7 @@ from vllm_attnedit.ops.gateswa_decode.config import (
 )
 from vllm_attnedit.ops.tiles import (
     LOG2E,
+    MASKED,
     gate_kind,
     gate_logits,
     multiprocessors,
@@ -165,8 +166,9 @@ def _decode_kernel(
                     pos[None, :] > position[:, None] - window
                 )
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+                scores = tl.where(visible & key_ok[None, :], scores, MASKED)
                 weights, decay, running_max, running_sum = online_softmax(
-                    scores, visible & key_ok[None, :], running_max, running_sum
+                    scores, running_max, running_sum
                 )
                 acc = acc * decay[:, None]
                 acc = tl.dot(weights.to(q.dtype), v, acc, input_precision="ieee")
@@ -259,6 +261,8 @@ def gateswa_decode(
             max_query_len=max_query_len,
             gate=gate,
             out=out,
+            k_scale=k_scale,
+            v_scale=v_scale,
             config=config,
         )
     require(
@@ -322,7 +326,7 @@ def _runs_hopper_kernel(q: Tensor, cache: Tensor) -> bool:
     return (
         q.is_cuda
         and q.element_size() == 2
-        and cache.dtype == q.dtype
+        and cache.dtype in (q.dtype, torch.float8_e4m3fn, torch.float8_e5m2)
         and triton.__version__.startswith(HOPPER_TRITON)
         and torch.cuda.get_device_capability(q.device)[0] == 9
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vllm_attnedit.ops.tiles import (
     LOG2E,
+    MASKED,
     find_request,
     gate_kind,
     gate_logits,
@@ -159,7 +160,7 @@ def _prefill_kernel(
                 visible = key_ok[None, :] & (pos[None, :] > token[:, None] - window)
                 scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * tail_scale
                 weights, decay, running_max, running_sum = online_softmax(
-                    scores, visible, running_max, running_sum
+                    tl.where(visible, scores, MASKED), running_max, running_sum
                 )
                 acc = acc * decay[:, None]
                 weights = (weights * value_factor).to(q.dtype)
@@ -177,12 +178,15 @@ def _prefill_kernel(
                 v_tile = tl.load(
                     v_base + (pos * stride_v_token)[:, None] + dim[None, :], mask=load_ok, other=0.0
                 )
-                visible = (pos[None, :] <= token[:, None]) & (
-                    pos[None, :] > token[:, None] - window
-                )
                 scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
+                if (at + TILE > first + 1) | (at <= last - 1 - window):
+                    # Some row does not see the whole tile; the tiles between need no mask.
+                    visible = (pos[None, :] <= token[:, None]) & (
+                        pos[None, :] > token[:, None] - window
+                    )
+                    scores = tl.where(visible, scores, MASKED)
                 weights, decay, running_max, running_sum = online_softmax(
-                    scores, visible, running_max, running_sum
+                    scores, running_max, running_sum
                 )
                 acc = acc * decay[:, None]
                 acc = tl.dot(weights.to(q.dtype), v_tile, acc, input_precision="ieee")

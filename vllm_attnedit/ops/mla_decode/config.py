@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from vllm_attnedit.ops.gateswa_decode.config import power_of_two
 
 #: Most programs that may share one sequence.
-MAX_SPLITS = 32
+MAX_SPLITS = 128
 #: Keys below which another program costs more than it saves.
-KEYS_PER_SPLIT = 512
+KEYS_PER_SPLIT = 256
 #: Programs of the default tile that fit a multiprocessor at once.
 RESIDENT = 2
 

@@ -20,6 +20,7 @@ from vllm_attnedit.ops.combine import combine, partials
 from vllm_attnedit.ops.mla_decode.config import LatentConfig, latent_config
 from vllm_attnedit.ops.tiles import (
     LOG2E,
+    MASKED,
     gate_kind,
     multiprocessors,
     normalise,
@@ -144,8 +145,9 @@ def _latent_kernel(
                 scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
                 scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision="ieee")
                 visible = key_ok[None, :] & (pos[None, :] <= position[:, None])
+                scores = tl.where(visible, scores * qk_scale, MASKED)
                 weights, decay, running_max, running_sum = online_softmax(
-                    scores * qk_scale, visible, running_max, running_sum
+                    scores, running_max, running_sum
                 )
                 acc = acc * decay[:, None]
                 acc = tl.dot(weights.to(q_latent.dtype), latent, acc, input_precision="ieee")

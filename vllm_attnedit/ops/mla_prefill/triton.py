@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vllm_attnedit.ops.tiles import (
     LOG2E,
+    MASKED,
     find_request,
     gate_kind,
     gate_logits,
@@ -30,12 +31,21 @@ from vllm_attnedit.ops.tiles import (
 
 @dataclass(frozen=True)
 class ExpandedConfig:
-    """Launch parameters: query rows and keys of a tile, warps, depth of the load pipeline."""
+    """Launch parameters.
+
+    Attributes:
+        rows: query rows of a program.
+        tile: keys of one step.
+        warps: warps of a program.
+        stages: depth of the load pipeline.
+        registers: bound on a thread's registers, so that more programs run side by side.
+    """
 
     rows: int
     tile: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @triton.jit
@@ -63,16 +73,15 @@ def _attend(
     PADDED_VALUE: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
-    MASKED: tl.constexpr,
+    FULL: tl.constexpr,
 ):
-    """Keys begin to end; row i sees those up to ``limit[i]``, which only ``MASKED`` looks at."""
+    """Keys begin to end; row i sees those up to ``limit[i]``, all of them if ``FULL``."""
     key = tl.arange(0, TILE)
     nope = tl.arange(0, PADDED_NOPE)
     rope = tl.arange(0, PADDED_ROPE)
     value = tl.arange(0, PADDED_VALUE)
     for at in tl.range(begin, end, TILE, num_stages=STAGES):
         pos = at + key
-        # Without MASKED the tile is full, and the comparison the same for all keys.
         key_ok = pos < end
         k_nope = tl.load(
             k_nope_base + (pos.to(tl.int64) * stride_k_nope_token)[:, None] + nope[None, :],
@@ -91,12 +100,11 @@ def _attend(
         )
         scores = tl.dot(q_nope, tl.trans(k_nope), input_precision="ieee")
         scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision="ieee")
-        visible = key_ok[None, :]
-        if MASKED:
-            visible = visible & (pos[None, :] <= limit[:, None])
-        weights, decay, running_max, running_sum = online_softmax(
-            scores * scale, visible, running_max, running_sum
-        )
+        scores *= scale
+        if not FULL:
+            visible = key_ok[None, :] & (pos[None, :] <= limit[:, None])
+            scores = tl.where(visible, scores, MASKED)
+        weights, decay, running_max, running_sum = online_softmax(scores, running_max, running_sum)
         acc = acc * decay[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     return running_max, running_sum, acc
@@ -185,7 +193,7 @@ def _expanded_kernel(
             acc = tl.zeros([ROWS, PADDED_VALUE], tl.float32)
 
             # Keys before `full` are seen by all rows, those from `end` on by none.
-            limit = token
+            limit = token + key_len
             full = key_len // TILE * TILE
             end = key_len
             if CAUSAL:
@@ -216,7 +224,7 @@ def _expanded_kernel(
                 PADDED_VALUE,
                 TILE,
                 STAGES,
-                False,
+                True,
             )
             running_max, running_sum, acc = _attend(
                 q_nope,
@@ -242,7 +250,7 @@ def _expanded_kernel(
                 PADDED_VALUE,
                 TILE,
                 STAGES,
-                CAUSAL,
+                False,
             )
 
             result = normalise(acc, running_max, running_sum)
@@ -356,5 +364,6 @@ def mla_prefill(
             TILE=config.tile,
             STAGES=config.stages,
             num_warps=config.warps,
+            maxnreg=config.registers,
         )
     return out
