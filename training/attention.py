@@ -2,18 +2,20 @@
 
 Three forms of the same function, chosen by ``run.attention``:
 
-- ``varlen``: flash attention over the documents laid end to end (``torch.nn.attention.varlen``). A mask
-  is a list of ends, the work is that of the documents and windows alone, and no (T, T) object
+- ``varlen``: flash attention over the documents laid end to end (``torch.nn.attention.varlen``). A
+  mask is a list of ends, the work is that of the documents and windows alone, and no (T, T) object
   exists. CUDA in bf16 or fp16; the default there.
-- ``flex``: FlexAttention with block masks, compiled. The alternative on CUDA: no flash kernels needed.
-- ``sdpa``: scaled dot-product attention with a boolean (B, 1, T, T) mask. CPU, NPU, float32, and the
-  oracle of the other two.
+- ``flex``: FlexAttention with block masks, compiled. The alternative on CUDA: no flash kernels
+  needed.
+- ``sdpa``: scaled dot-product attention with a boolean (B, 1, T, T) mask. CPU, NPU, float32, and
+  the oracle of the other two.
 
 Shapes: B sequences, T tokens, N query heads, K key/value heads, D head width, V value width.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +77,8 @@ def build_masks(batch: Batch, form: str, window: int | None) -> dict[str, Mask]:
     Args:
         batch: on the device of the model.
         form: ``varlen``, ``flex`` or ``sdpa``.
-        window: keys that a window layer sees, the query's own included; ``None`` without such layers.
+        window: keys that a window layer sees, the query's own included; ``None`` without such
+            layers.
     """
     if form == "varlen":
         ends = DocumentEnds(batch.cu_seqlens, batch.max_length)
@@ -163,11 +166,16 @@ def _flash_varlen(
     if value_width < width:
         # One width for all three is all the kernel takes; zeros in a value add nothing.
         value = functional.pad(value, (0, width - value_width))
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # (B T, heads, D)
+    # (B T, heads, D): the layout of the projections, so that nothing is copied.
+    flat_query, flat_key, flat_value = (
+        x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)
+    )
     # The kernel counts the keys to the left of the query's own.
     left = -1 if window is None else window - 1
     output = varlen_attn(
-        *flat,
+        flat_query,
+        flat_key,
+        flat_value,
         mask.cu_seqlens,
         mask.cu_seqlens,
         mask.max_length,
@@ -194,7 +202,7 @@ def _plain_varlen(
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)  # (N, B T, .)
     ends = mask.cu_seqlens.tolist()
     pieces = []
-    for start, end in zip(ends, ends[1:]):
+    for start, end in itertools.pairwise(ends):
         if start == end:
             continue
         places = torch.arange(end - start, device=query.device)

@@ -33,8 +33,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FREE = (
     "teacher", "student", "output", "data.sources", "data.shards", "run.device", "run.attention",
     "run.compile", "run.gradient_checkpointing", "run.sharding", "run.minutes", "run.deterministic",
-    "optim.micro_batch", "stage2.chunk_tokens", "stage2.cache", "stage1.split", "checkpoint.", "log.",
-    "generate.", "evaluate.", "choose.",
+    "optim.micro_batch", "stage2.chunk_tokens", "stage2.cache", "stage1.split",
+    "checkpoint.", "log.", "generate.", "evaluate.", "choose.",
 )  # fmt: skip
 _OF_STAGE = {"stage1": "stage2.", "stage2": "stage1."}
 

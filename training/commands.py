@@ -16,9 +16,8 @@ def tokenize(config: Config) -> None:
     """Make the shards of a run and nothing else."""
     folder = Path(config.data.shards or Path(config.output) / "shards")
     reader = prepare_shards(config.data, folder, load_tokenizer(config.teacher), say)
-    say(
-        f"{folder}: {reader.tokens:,} tokens, {reader.manifest['documents']:,} documents, {reader.hash}"
-    )
+    documents = reader.manifest["documents"]
+    say(f"{folder}: {reader.tokens:,} tokens, {documents:,} documents, hash {reader.hash}")
 
 
 def stage1(config: Config) -> None:

@@ -128,7 +128,7 @@ class Stage2Config:
     chunk_tokens: int = option("tokens whose logits exist at once", 4096)
     fp32_logits: bool = option("form logits in float32 even if precision is bf16", False)
     top_k: int | None = option(
-        "keep only the teacher's k likeliest tokens (the others count as one outcome); default: all",
+        "keep only the teacher's k likeliest tokens (the others count as one); default: all",
         None,
     )
     cache: str | None = option(
@@ -155,8 +155,8 @@ class CheckpointConfig:
         "auto: from the newest in <output>; never; or the folder of a checkpoint", "auto"
     )
     export: Literal["checkpoint", "edit", "both"] = option(
-        "what a finished run writes: <output>/model (for vllm serve), <output>/edit.safetensors (the "
-        "edited tensors alone), or both",
+        "what a finished run writes: <output>/model (for vllm serve), <output>/edit.safetensors "
+        "(the edited tensors alone), or both",
         "checkpoint",
     )
 
@@ -211,8 +211,8 @@ class EvaluateConfig:
         "name: checkpoint; default: untrained (the student) and trained (<output>/model)", dict
     )
     baselines: list[Literal["sinks", "chosen"]] = option(
-        "training-free rivals: the student's windows plus sinks on the unedited teacher; windows with "
-        "full layers chosen by calibration NLL",
+        "training-free rivals: the student's windows plus sinks on the unedited teacher; windows "
+        "with full layers chosen by calibration NLL",
         list,
     )
     sinks: int = option("first tokens that the sinks baseline always sees", 4)

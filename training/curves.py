@@ -40,7 +40,7 @@ def _draw_layers(figure: Any, axis: Any, rows: list[dict[str, Any]]) -> None:
     from matplotlib.colors import Normalize
 
     layers = sorted(int(layer) for layer in rows[0]["layers"])
-    colours = ScalarMappable(
+    colours: Any = ScalarMappable(
         Normalize(layers[0], max(layers[-1], layers[0] + 1)), colormaps["viridis"]
     )
     millions = [row["tokens"] / 1e6 for row in rows]

@@ -1,4 +1,4 @@
-"""Turns a checkpoint of a run into an edited model: a folder for ``vllm serve``, or an edit alone."""
+"""Turns a run's checkpoint into an edited model: a folder for ``vllm serve``, or an edit alone."""
 
 from __future__ import annotations
 

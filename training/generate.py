@@ -32,8 +32,8 @@ def texts_path(config: Config) -> Path:
 def beginnings(config: Config, tokenizer: Any) -> list[list[int]]:
     """The token ids each text begins with.
 
-    From the lines of ``generate.seeds``, in turn; or drawn from the vocabulary, special tokens left out,
-    so that samples cover whatever the teacher can be led to.
+    From the lines of ``generate.seeds``, in turn; or drawn from the vocabulary, special tokens left
+    out, so that samples cover whatever the teacher can be led to.
 
     Raises:
         AttnEditError: if the file cannot be read or holds nothing.
@@ -48,7 +48,9 @@ def beginnings(config: Config, tokenizer: Any) -> list[list[int]]:
             raise AttnEditError("generate.seeds", settings.seeds, fix) from error
         lines = [line for line in lines if line.strip()]
         if not lines:
-            raise AttnEditError("generate.seeds", settings.seeds, "give a file with one text a line")
+            raise AttnEditError(
+                "generate.seeds", settings.seeds, "give a file with one text a line"
+            )
         encoded = tokenizer(lines, add_special_tokens=False)["input_ids"]
         return [start + encoded[i % len(encoded)] for i in range(settings.samples)]
     special = set(tokenizer.all_special_ids)
@@ -79,7 +81,9 @@ def write_texts(config: Config) -> Path:
     """
     settings, path = config.generate, texts_path(config)
     if find_spec("vllm") is None:
-        raise AttnEditError("generate", "vLLM is not installed", "install vllm, which samples the texts")
+        raise AttnEditError(
+            "generate", "vLLM is not installed", "install vllm, which samples the texts"
+        )
     tokenizer = load_tokenizer(config.teacher)
     prompts = beginnings(config, tokenizer)
     with disk_errors(path):
@@ -89,7 +93,9 @@ def write_texts(config: Config) -> Path:
         say(f"{path}: {done:,} texts are there already")
         return path
     request = {
-        "model": str(Path(config.teacher).resolve()) if Path(config.teacher).exists() else config.teacher,
+        "model": str(Path(config.teacher).resolve())
+        if Path(config.teacher).exists()
+        else config.teacher,
         "engine": {"seed": config.seed, **settings.vllm},
         "sampling": {
             "max_tokens": settings.max_tokens,
@@ -117,4 +123,3 @@ def _run_sampler(request: dict[str, Any]) -> None:
     if code:
         fix = "see vLLM's message above; generate.vllm passes arguments such as max_model_len to it"
         raise AttnEditError("generate", f"vLLM ended with status {code}", fix)
-

@@ -1,14 +1,16 @@
 """Forward KL between next-token distributions, without ever holding the logits of a whole batch.
 
-``KL(teacher || student)`` at temperature 1, summed over positions with weights. :func:`plain_kl` writes
-it down; :func:`chunked_kl` computes the same value and gradient from hidden states and output heads,
-a few thousand positions at a time, and :class:`TopK` targets stand in for the teacher's logits.
+``KL(teacher || student)`` at temperature 1, summed over positions with weights. :func:`plain_kl`
+writes it down; :func:`chunked_kl` computes the same value and gradient from hidden states and
+output heads, a few thousand positions at a time, and :class:`TopK` targets stand in for the
+teacher's logits.
 
 The chunked form has the logits of a chunk in its hands once, in the forward pass, and forms the
-gradient with respect to the hidden states right there: softmax(student) - softmax(teacher), times the
-head. Kept are (N, E) gradients, not (N, V) logits.
+gradient with respect to the hidden states right there: softmax(student) - softmax(teacher), times
+the head. Kept are (N, E) gradients, not (N, V) logits.
 
-Shapes: N positions, C positions of a chunk, E hidden, V vocabulary, J kept tokens of a top-k teacher.
+Shapes: N positions, C positions of a chunk, E hidden, V vocabulary, J kept tokens of a top-k
+    teacher.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class TopK:
-    """The teacher's likeliest tokens: ``logp`` (N, J), natural log of true probabilities; ``ids`` (N, J).
+    """The teacher's likeliest tokens ``ids`` (N, J) and their log probabilities ``logp`` (N, J).
 
     All other tokens together are one more outcome, so the divergence is a proper one, never more
     than the full one, and equal to it for J = V.
@@ -90,7 +92,7 @@ def divergence(student: Tensor, target: Tensor | TopK) -> Tensor:
 def plain_kl(
     hidden: Tensor, head: Tensor, target: Target, weight: Tensor, fp32_logits: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The loss written down: the oracle of :func:`chunked_kl`. Arguments and results are the same."""
+    """The loss written down: the oracle of :func:`chunked_kl`, with its arguments and results."""
     student = logits_of(hidden, head, fp32_logits)
     if isinstance(target, Dense):
         teacher = logits_of(target.hidden, target.head, fp32_logits)
@@ -177,7 +179,10 @@ class _ChunkedKL(torch.autograd.Function):
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         dense = isinstance(target, Dense)
         body = _body(dense, compiled)
-        first, second = (target.hidden, target.head) if dense else (target.logp, target.ids)
+        if isinstance(target, Dense):
+            first, second = target.hidden, target.head
+        else:
+            first, second = target.logp, target.ids
         cast = head.to(hidden.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         agreed = torch.zeros_like(loss)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,8 @@ class Trial:
         edit = AttentionEdit(layer_types=types, sliding_window=window)
         self._teacher.lm.config.attention_edit = edit.to_dict()
         for layer, layer_type in zip(layers, types):
-            layer.self_attn.sliding_window = self._window if layer_type == SLIDING else None
+            attn: Any = layer.self_attn
+            attn.sliding_window = self._window if layer_type == SLIDING else None
         device = self._teacher.head.device
         total, count = 0.0, 0
         for batch in self._batches:

@@ -1,9 +1,10 @@
 """Stage 1: every edited layer learns to answer as the teacher's layer does, all at once.
 
-One pass of the teacher, without gradients, visits each layer's attention with its normed input x and
-its output y after ``o_proj``. Right there, in a hook, the edited layer computes its own y' from x,
-and its loss ``||y' - y||^2 / ||y||^2`` (per token, then averaged) goes backward. So only one layer's
-activations are alive at a time, no gradient crosses layers, and the student as a whole never runs.
+One pass of the teacher, without gradients, visits each layer's attention with its normed input x
+and its output y after ``o_proj``. Right there, in a hook, the edited layer computes its own y' from
+x, and its loss ``||y' - y||^2 / ||y||^2`` (per token, then averaged) goes backward. So only one
+layer's activations are alive at a time, no gradient crosses layers, and the student as a whole
+never runs.
 
 Shapes: B sequences, T tokens, E hidden, L trained layers.
 """
@@ -90,7 +91,7 @@ class LayerwiseStage:
         if config.run.compile:
             compile_each([*self.modules.values(), *teacher_parts(teacher.lm)])
         self._hooks = [
-            teacher.lm.model.layers[layer].self_attn.register_forward_hook(
+            teacher.attention(layer).register_forward_hook(
                 self._hook(layer, module), with_kwargs=True
             )
             for layer, module in self.modules.items()
@@ -147,7 +148,12 @@ class LayerwiseStage:
 
     def clip(self, limit: float) -> Tensor:
         norms = [clip(list(module.parameters()), limit) for module in self.modules.values()]
-        return torch.stack(norms).max() if norms else torch.zeros((), device=self._devices.device)
+        zero = torch.zeros((), device=self._devices.device)
+        largest = torch.stack([zero, *norms]).max()
+        if not self.split_layers:
+            return largest
+        # A maximum over processes may lose a NaN, but not an infinity.
+        return self._devices.max(largest.nan_to_num(nan=float("inf"), posinf=float("inf")))
 
     def blame(self, batches: Sequence[Batch], result: StepResult) -> str:
         assert result.layers is not None

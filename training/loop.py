@@ -1,4 +1,4 @@
-"""The training loop: steps, learning rate, checks, saving, and an orderly end whoever asks for it."""
+"""The training loop: steps, learning rate, checks, saving, and an orderly end when asked."""
 
 from __future__ import annotations
 

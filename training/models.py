@@ -1,7 +1,7 @@
 """Loads the teacher and the student, and says which tensors train.
 
-Both are the reference model of ``vllm_attnedit.hf``: a teacher is an edited model whose edit changes
-nothing, so one class, one kind of mask and one set of names serve both.
+Both are the reference model of ``vllm_attnedit.hf``: a teacher is an edited model whose edit
+changes nothing, so one class, one kind of mask and one set of names serve both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 def unedited_config(teacher_config: Any, edit: AttentionEdit | None = None) -> AttnEditConfig:
-    """The configuration of a teacher as an edited model, with no edit or with a training-free one."""
+    """A teacher's configuration as that of an edited model: no edit, or a training-free one."""
     fields = teacher_config.to_dict()
     fields.pop("architectures", None)
     return AttnEditConfig(base_model_type=teacher_config.model_type, attention_edit=edit, **fields)
@@ -118,6 +118,12 @@ class Trunk(nn.Module):
     @property
     def layers(self) -> list[nn.Module]:
         return list(self.lm.model.layers)
+
+    def attention(self, layer: int) -> nn.Module:
+        """The attention module of a layer."""
+        module: Any = self.lm.model.layers[layer]
+        found: nn.Module = module.self_attn
+        return found
 
 
 def load_student(

@@ -20,8 +20,9 @@ from vllm_attnedit.errors import AttnEditError
 _POSITIVE = {
     "data.sequence_length", "optim.tokens", "optim.batch", "optim.micro_batch", "stage1.lr",
     "stage2.lr", "stage2.chunk_tokens", "stage2.top_k", "checkpoint.keep", "checkpoint.every_steps",
-    "checkpoint.every_minutes", "checkpoint.parts_mb", "log.every", "log.peak_tflops", "run.minutes",
-    "generate.samples", "generate.seed_tokens", "generate.max_tokens", "generate.batch",
+    "checkpoint.every_minutes", "checkpoint.parts_mb", "log.every", "log.peak_tflops",
+    "run.minutes", "generate.samples", "generate.seed_tokens", "generate.max_tokens",
+    "generate.batch",
     "evaluate.agreement_length", "evaluate.batch", "evaluate.limit", "evaluate.max_windows",
     "evaluate.passkey.trials", "choose.window", "choose.sequence_length", "choose.sequences",
 }  # fmt: skip

@@ -74,6 +74,12 @@ class Devices:
             dist.all_reduce(values)
         return values
 
+    def max(self, values: Tensor) -> Tensor:
+        """Maximum over the processes, in place."""
+        if self.ranks > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some process."""
         if self.ranks == 1:
@@ -126,7 +132,7 @@ def _buckets(tensors: list[Tensor], limit: int = 1 << 25) -> Iterable[list[Tenso
 
 
 def sync_gradients(module: nn.Module, enabled: bool) -> None:
-    """Whether the next backward reduces the gradients of a sharded model; off while accumulating."""
+    """Whether the next backward reduces a sharded model's gradients; off while accumulating."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)
 

@@ -1,8 +1,8 @@
 """Named tensors in safetensors files of a bounded size, with an index that says what lies where.
 
-A tensor that does not fit into a file is cut; each piece is a flat slice. So a state travels through
-channels that take only small files, whatever the sizes of its tensors. Several processes may write
-into one folder, each with an index of its own.
+A tensor that does not fit into a file is cut; each piece is a flat slice. So a state travels
+through channels that take only small files, whatever the sizes of its tensors. Several processes
+may write into one folder, each with an index of its own.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def write_parts(
 
     for name, tensor in tensors:
         flat = tensor.detach().to("cpu").contiguous().flatten()
-        pieces = []
+        pieces: list[list[str | int]] = []
         start = 0
         while start < len(flat) or not pieces:
             if free < flat.element_size():

@@ -1,7 +1,7 @@
 """Compiles and checkpoints parts of a model in place: the parts that repeat, layer by layer.
 
-Both wrap ``forward`` and not the call, so that hooks stay outside, and work alike in every version of
-transformers (whose own checkpointing sits in different places in different versions).
+Both wrap ``forward`` and not the call, so that hooks stay outside, and work alike in every version
+of transformers (whose own checkpointing sits in different places in different versions).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _VARIANTS = 64
 
 
 def _wrap(module: nn.Module, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    module.forward = wrapper(module.forward)  # type: ignore[method-assign]
+    module.forward = wrapper(module.forward)
 
 
 def compile_each(modules: Iterable[nn.Module]) -> None:

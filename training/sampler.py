@@ -17,7 +17,8 @@ def sample(request: dict[str, Any]) -> None:
 
     Args:
         request: ``model``, ``engine`` (arguments of ``vllm.LLM``), ``sampling`` (of
-            ``vllm.SamplingParams``), ``prompts`` (token ids), ``seeds`` (one a prompt), ``batch``, ``out``.
+            ``vllm.SamplingParams``), ``prompts`` (token ids), ``seeds`` (one a prompt), ``batch``,
+            ``out``.
     """
     from vllm import LLM, SamplingParams
 

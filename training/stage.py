@@ -30,14 +30,25 @@ class StepResult:
 class Stage(Protocol):
     """One way to train: forward, backward and everything that belongs to its loss."""
 
-    name: str
-    trained: dict[str, nn.Parameter]
-    """Trained parameters of this process, by their names in the checkpoint."""
-    groups: Sequence[Group]
-    layers: Sequence[int]
-    """Layers whose loss :class:`StepResult` reports."""
-    split_layers: bool
-    """Whether processes share out layers, not data."""
+    @property
+    def name(self) -> str:
+        """``stage1`` or ``stage2``."""
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Trained parameters of this process, by their names in the checkpoint."""
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """All of them, by learning rate."""
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """Layers whose loss :class:`StepResult` reports."""
+
+    @property
+    def split_layers(self) -> bool:
+        """Whether processes share out layers, not data."""
 
     def run(self, batches: Sequence[Batch]) -> StepResult:
         """Forward and backward over the micro-batches of a step; leaves averaged gradients."""

@@ -1,7 +1,7 @@
 """What the student learns from in Stage 2: the teacher's next-token distributions.
 
-Online, from the teacher's hidden states and head; or its top-k, which can be kept on disk, one small
-file per sequence, so that a second run on the same data needs no teacher pass at all.
+Online, from the teacher's hidden states and head; or its top-k, which can be kept on disk, one
+small file per sequence, so that a second run on the same data needs no teacher pass at all.
 
 Shapes: B sequences, T tokens, N loss positions, J kept tokens.
 """

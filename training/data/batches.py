@@ -122,9 +122,10 @@ def make_batch(
 def _loss_positions(counts: np.ndarray, chunk: int) -> tuple[np.ndarray | None, np.ndarray]:
     """Positions that the loss looks at and their weights, a whole number of chunks where possible.
 
-    If nearly all count, all are taken: a zero weight costs less than gathering. Otherwise those that
-    count are, filled up with others, each once, since adding up gradients of repeated positions in a
-    fixed order is slow on a GPU.
+    If nearly all count, all are taken: a zero weight costs less than gathering. Otherwise those
+        that
+    count are, filled up with others, each once, since adding up gradients of repeated positions in
+    a fixed order is slow on a GPU.
     """
     used, unused = np.flatnonzero(counts), np.flatnonzero(~counts)
     if len(used) >= _NEARLY_ALL * len(counts):
@@ -138,9 +139,9 @@ def _loss_positions(counts: np.ndarray, chunk: int) -> tuple[np.ndarray | None, 
 class BatchStream:
     """The micro-batches of each step for one rank, prepared one step ahead.
 
-    Step ``s`` takes sequences ``s * batch`` to ``(s + 1) * batch``: micro-batch ``m`` of rank ``r`` is
-    the ``(m * ranks + r)``-th group of ``micro`` of them. So the step does not depend on how many
-    devices share it.
+    Step ``s`` takes sequences ``s * batch`` to ``(s + 1) * batch``: micro-batch ``m`` of rank ``r``
+    is the ``(m * ranks + r)``-th group of ``micro`` of them. So the step does not depend on how
+    many devices share it.
 
     Args:
         data: the sequences.

@@ -1,9 +1,10 @@
 """Packs documents into sequences of one length, in an order that any place can be found in.
 
-Sequence ``i`` follows from (shards, length, seed, i) alone, so a run resumes anywhere and any number
-of devices sees the same order. In every pass over the data the documents are shuffled, laid end to
-end and cut; then the sequences are shuffled, so that neighbours in a batch are not neighbours in a
-book. What is left over at the end of a pass is dropped; the next pass leaves out something else.
+Sequence ``i`` follows from (shards, length, seed, i) alone, so a run resumes anywhere and any
+number of devices sees the same order. In every pass over the data the documents are shuffled, laid
+end to end and cut; then the sequences are shuffled, so that neighbours in a batch are not
+neighbours in a book. What is left over at the end of a pass is dropped; the next pass leaves out
+something else.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 from training.data.shards import ShardReader
 from vllm_attnedit.errors import AttnEditError
 
+_GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment
+
 
 def shuffled(count: int, *key: int) -> np.ndarray:
     """A permutation of ``range(count)`` that depends on the key alone, (count,) int64.
@@ -22,15 +25,15 @@ def shuffled(count: int, *key: int) -> np.ndarray:
     Sorts by SplitMix64 hashes (Steele, Lea, Flood 2014) and not by a library's generator, whose
     stream may change with its version.
     """
-    state = np.uint64(0x9E3779B97F4A7C15)
+    state = np.full(1, _GOLDEN, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for part in key:
             state = _mix(state + np.uint64(part + 1))
-        hashes = _mix(np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + state)
+        hashes = _mix(np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN) + state)
     return np.argsort(hashes, kind="stable")
 
 
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
+def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -42,7 +45,8 @@ class Sequence:
 
     Attributes:
         ids: token ids (T,) int64.
-        documents: which document each token belongs to, counted from 0 in this sequence, (T,) int32.
+        documents: which document each token belongs to, counted from 0 in this sequence, (T,)
+            int32.
         answers: whether the token is one to learn to say, (T,) bool.
     """
 

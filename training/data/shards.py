@@ -1,8 +1,8 @@
 """Tokenised text on disk: memory-mapped files that are written once and read at any place.
 
-A folder holds ``tokens-NNNNN.bin`` (uint16 or uint32, little endian), ``answers-NNNNN.bin`` (one bit a
-token, only if some source is a chat), ``offsets.bin`` (int64: where each document starts, and the
-end) and ``manifest.json``. No document crosses a file.
+A folder holds ``tokens-NNNNN.bin`` (uint16 or uint32, little endian), ``answers-NNNNN.bin`` (one
+bit a token, only if some source is a chat), ``offsets.bin`` (int64: where each document starts, and
+the end) and ``manifest.json``. No document crosses a file.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class ShardReader:
     """Documents by index, straight from the mapped files.
 
     Raises:
-        AttnEditError: if the folder holds no complete shards, or files of another size than written.
+        AttnEditError: if the folder holds no complete shards, or files of another size than
+            written.
     """
 
     def __init__(self, folder: Path, field: str = "data.shards") -> None:

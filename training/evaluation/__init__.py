@@ -1,1 +1,1 @@
-"""Teacher, untrained edit, trained edit and training-free baselines, side by side, with intervals."""
+"""Teacher, untrained edit, trained edit and training-free baselines, side by side."""

@@ -1,8 +1,8 @@
 """Passkey retrieval: can a model still say a number that it read long ago?
 
-A five-digit number hides at some depth of filler text (after Mohtashami and Jaggi, arXiv 2305.16300).
-Found means that every token of the number is the likeliest one, given the prompt and the tokens of
-the number before it: what greedy decoding would write.
+A five-digit number hides at some depth of filler text (after Mohtashami and Jaggi, arXiv
+2305.16300). Found means that every token of the number is the likeliest one, given the prompt and
+the tokens of the number before it: what greedy decoding would write.
 
 Shapes: R trials, T tokens.
 """
@@ -20,7 +20,7 @@ from training.evaluation.intervals import Estimate, share_of
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.hf import AttnEditForCausalLM
 
-_OPENING = "An important number is hidden in the following text. Read the text and keep the number in mind.\n\n"
+_OPENING = "An important number is hidden in this text. Read it and keep the number in mind.\n\n"
 _FILLER = (
     "Rain fell on the hills. A cart went by. Somebody closed a window. Later the sky was clear. "
 )

@@ -87,7 +87,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def draw_plots(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
-    """Perplexity against length, accuracy by task, passkey maps; returns the files that were drawn."""
+    """Perplexity against length, accuracy by task, passkey maps; returns the files drawn."""
     made = []
     for name, draw in (
         ("perplexity.png", _draw_perplexity),

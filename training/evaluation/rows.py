@@ -1,4 +1,4 @@
-"""Rows of a report: one measured value with its interval, and how it compares with the teacher's."""
+"""Rows of a report: a measured value with its interval, and how it compares with the teacher's."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Log-likelihood tasks through the lm-evaluation-harness: local files, or tasks of its hub by name.
 
-A local task is a JSON-lines file whose records have one of three shapes: ``query``, ``choices``, ``gold``
-(multiple choice); ``context_options``, ``continuation``, ``gold`` (the context is what is chosen);
-``context``, ``continuation`` (a last word). Each becomes a task description for the harness; nothing
-of the scoring is done here.
+A local task is a JSON-lines file whose records have one of three shapes: ``query``, ``choices``,
+``gold`` (multiple choice); ``context_options``, ``continuation``, ``gold`` (the context is what is
+chosen); ``context``, ``continuation`` (a last word). Each becomes a task description for the
+harness; nothing of the scoring is done here.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def run_tasks(
         for name, file in local.items():
             text = yaml.safe_dump(task_description(name, file))
             (Path(descriptions) / f"{name}.yaml").write_text(text, encoding="utf-8")
-        manager = TaskManager(include_path=descriptions)
+        # Reading the harness's own thousands of descriptions takes seconds.
+        others = len(local) < len(set(names))
+        manager = TaskManager(include_path=descriptions, include_defaults=others)
         wanted = [PREFIX + name if name in local else name for name in names]
         for name in wanted:
             if name not in manager.all_tasks:

@@ -66,8 +66,8 @@ def agreement(
     """How a model's next-token distributions compare with the teacher's.
 
     Returns:
-        ``top1``: share of positions with the same likeliest token; ``kl``: mean KL(teacher || model)
-        in nats; intervals over windows.
+        ``top1``: share of positions with the same likeliest token; ``kl``: mean KL(teacher ||
+        model) in nats; intervals over windows.
     """
     same: list[float] = []
     distance: list[float] = []

@@ -1,8 +1,8 @@
 """The models that are compared: checkpoints, and training-free edits of the teacher.
 
-A baseline that needs no training is the teacher under another mask. ``sinks`` gives its window layers
-the first few tokens besides the window (StreamingLLM, arXiv 2309.17453); ``chosen`` keeps other
-layers full, those that a calibration text asks for.
+A baseline that needs no training is the teacher under another mask. ``sinks`` gives its window
+layers the first few tokens besides the window (StreamingLLM, arXiv 2309.17453); ``chosen`` keeps
+other layers full, those that a calibration text asks for.
 
 Shapes: B sequences, T tokens, N query heads, K key/value heads, D head width.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -47,7 +47,7 @@ class Variant:
 
 
 def sink_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -13,7 +13,8 @@ from training.config import Config
 from training.options import config_from_dict
 from vllm_attnedit.edit import EditPlan, edit_checkpoint
 
-WORDS = "the thing and then an inner theory of rain over the land in anger there he ran".split()
+WORDS = ["the", "thing", "and", "then", "an", "inner", "theory", "of", "rain", "over"]
+WORDS += ["the", "land", "in", "anger", "there", "he", "ran"]
 
 
 def write_text(path: Path, words: int = 6000, seed: int = 0) -> Path:
@@ -42,7 +43,11 @@ def write_chats(path: Path, count: int = 30, seed: int = 0) -> Path:
 
 
 def make_pair(
-    folder: Path, family: str = "llama", target: str = "gateswa", init: str = "inherit", **teacher: Any
+    folder: Path,
+    family: str = "llama",
+    target: str = "gateswa",
+    init: str = "inherit",
+    **teacher: Any,
 ) -> tuple[Path, Path]:
     """A teacher and a student edited from it, in folders."""
     made = tiny_teacher(family, folder / f"teacher-{family}", **teacher)
@@ -56,10 +61,12 @@ def make_pair(
     return made, student
 
 
-def small_config(
-    folder: Path, teacher: Path, student: Path, text: Path, **sections: dict[str, Any]
-) -> Config:
-    """A run of 6 steps of 4 sequences of 64 tokens in float32 on the CPU."""
+def small_config(folder: Path, *material: Path, **sections: dict[str, Any]) -> Config:
+    """A run of 6 steps of 4 sequences of 64 tokens in float32 on the CPU.
+
+    ``material`` is teacher, student and text; ``sections`` change the options.
+    """
+    teacher, student, text = material
     values: dict[str, Any] = {
         "teacher": str(teacher),
         "student": str(student),

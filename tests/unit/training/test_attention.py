@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, N query heads, K key/value heads, D query width, 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def tensors(seed, rows, heads, kv_heads, length, width, value_width):
 
 
 def module(heads, kv_heads):
-    layer = nn.Module()
+    layer: Any = nn.Module()
     layer.num_key_value_groups = heads // kv_heads
     layer.is_causal = True
     return layer
@@ -69,7 +69,9 @@ def module(heads, kv_heads):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
-@pytest.mark.parametrize(("heads", "kv_heads", "width", "value_width"), [(6, 2, 16, 16), (2, 2, 24, 16)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "value_width"), [(6, 2, 16, 16), (2, 2, 24, 16)]
+)
 def test_forms_equal_the_oracle(form, window, heads, kv_heads, width, value_width):
     batch = batch_of([[5, 1, 8], [14], [1] * 14])
     parts = tensors(1, 3, heads, kv_heads, 14, width, value_width)
@@ -90,8 +92,13 @@ def test_gradients_equal_those_of_the_mask(window):
     results = {}
     for kind in ("sdpa", "varlen"):
         parts = tensors(2, 2, 4, 2, 13, 16, 16)
-        mask = build_masks(batch, kind, window)["full_attention" if window is None else "sliding_attention"]
-        output, _ = packed_attention(module(4, 2), *parts, mask, scaling=0.3, sliding_window=window)
+        mask = build_masks(batch, kind, window)[
+            "full_attention" if window is None else "sliding_attention"
+        ]
+        query, key, value = parts
+        output, _ = packed_attention(
+            module(4, 2), query, key, value, mask, scaling=0.3, sliding_window=window
+        )
         weight = torch.linspace(-1, 1, output.numel()).view_as(output)
         results[kind] = torch.autograd.grad((output * weight).sum(), parts)
     for mine, theirs in zip(results["varlen"], results["sdpa"]):
@@ -108,18 +115,20 @@ def test_documents_of_any_lengths(rows, window, seed):
     longest = max(sum(row) for row in rows)
     rows = [row if sum(row) == longest else [*row, longest - sum(row)] for row in rows]
     batch = batch_of(rows)
-    parts = tensors(seed, len(rows), 3, 1, longest, 8, 8)
-    expected = oracle(*parts, batch.documents, window, 0.5)
+    query, key, value = tensors(seed, len(rows), 3, 1, longest, 8, 8)
+    expected = oracle(query, key, value, batch.documents, window, 0.5)
     for form in ("sdpa", "varlen"):
         masks = build_masks(batch, form, window)
         mask = masks["full_attention" if window is None else "sliding_attention"]
-        output, _ = packed_attention(module(3, 1), *parts, mask, scaling=0.5, sliding_window=window)
+        output, _ = packed_attention(
+            module(3, 1), query, key, value, mask, scaling=0.5, sliding_window=window
+        )
         torch.testing.assert_close(output.double(), expected, atol=3e-6, rtol=1e-5)
 
 
 def test_the_flash_kernel_is_asked_for_what_it_takes(monkeypatch):
     """On CUDA: flattened tensors, one width for all, the window without the query's own key."""
-    asked = {}
+    asked: dict[str, Any] = {}
 
     def kernel(query, key, value, ends, ends_k, longest, longest_k, *, scale, window_size):
         asked.update(shapes=[tuple(x.shape) for x in (query, key, value)], window=window_size)
@@ -142,7 +151,7 @@ def test_the_flash_kernel_is_asked_for_what_it_takes(monkeypatch):
 
 
 def test_choice_of_form():
-    cuda, cpu = SimpleNamespace(type="cuda"), torch.device("cpu")
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert attention.choose("auto", cuda, "bf16") == "varlen"
     assert attention.choose("auto", cuda, "fp32") == "sdpa"
     assert attention.choose("auto", cpu, "bf16") == "sdpa"
@@ -153,5 +162,6 @@ def test_choice_of_form():
 
 
 def test_dropout_is_refused():
+    query, key, value = tensors(0, 1, 1, 1, 2, 4, 4)
     with pytest.raises(AttnEditError, match="attention_dropout"):
-        packed_attention(module(1, 1), *tensors(0, 1, 1, 1, 2, 4, 4), None, dropout=0.1)
+        packed_attention(module(1, 1), query, key, value, None, dropout=0.1)

@@ -20,11 +20,10 @@ from training.progress import read_metrics, rewind_metrics
 from training.runs import train
 from vllm_attnedit.errors import AttnEditError
 
+
 @settings(deadline=None, max_examples=40)
 @given(
-    shapes=st.lists(
-        st.lists(st.integers(0, 9), min_size=0, max_size=3), min_size=1, max_size=6
-    ),
+    shapes=st.lists(st.lists(st.integers(0, 9), min_size=0, max_size=3), min_size=1, max_size=6),
     limit=st.integers(8, 2000),
     kinds=st.lists(st.sampled_from(["float32", "bfloat16", "uint8"]), min_size=6, max_size=6),
 )
@@ -89,9 +88,10 @@ def weights(folder):
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_a_resumed_run_repeats_every_bit(tmp_path, pair, text, stage, monkeypatch):
     run(tmp_path / "whole", pair, text, stage)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         interrupt(patched, after=5)
-        run(tmp_path / "cut", pair, text, stage)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut", pair, text, stage)
     saved = find_checkpoints(tmp_path / "cut" / "checkpoints")
     assert [path.name for path in saved] == ["step-00000002", "step-00000004"]
     assert [row["step"] for row in read_metrics(tmp_path / "cut")] == [1, 2, 3, 4, 5]
@@ -118,7 +118,9 @@ def test_provenance(tmp_path, pair, text):
     assert state["tokens"] == 6 * 4 * 64
     assert state["next_sequence"] == 24
     assert state["config"]["optim.batch"] == 4
-    assert {"teacher", "student", "versions", "commit", "command", "data"} <= state["provenance"].keys()
+    assert {"teacher", "student", "versions", "commit", "command", "data"} <= state[
+        "provenance"
+    ].keys()
     assert len(state["data_hash"]) == 64
     stored = json.loads((tmp_path / "model" / "config.json").read_text())["provenance"]
     assert stored["stage"] == "stage2"

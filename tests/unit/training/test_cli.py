@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.unit.training.small import make_pair, small_config, write_text
 from tests.unit.tiny import tiny_tokenizer
+from tests.unit.training.small import make_pair, small_config, write_text
 from training.cli import main
 from training.options import flatten
 
 
-def write_config(path: Path, folder: Path, teacher: Path, student: Path, text: Path) -> Path:
+def write_config(path: Path, folder: Path, *material: Path) -> Path:
     """The options of a small run as a YAML file."""
     nested: dict = {}
-    for name, value in flatten(small_config(folder, teacher, student, text)).items():
+    for name, value in flatten(small_config(folder, *material)).items():
         node = nested
         *sections, last = name.split(".")
         for section in sections:
@@ -47,7 +47,9 @@ def refused(capsys, *arguments):
 def test_commands_run(config, tmp_path, capsys):
     main(["tokenize", str(config)])
     main(["stage1", str(config)])
-    main(["stage2", str(config), "--student", f"{tmp_path}/run/model", "--output", f"{tmp_path}/two"])
+    main(
+        ["stage2", str(config), "--student", f"{tmp_path}/run/model", "--output", f"{tmp_path}/two"]
+    )
     shutil.rmtree(tmp_path / "two" / "model")
     main(["export", str(config), "--output", f"{tmp_path}/two"])
     assert (tmp_path / "two" / "model" / "config.json").is_file()
@@ -92,7 +94,9 @@ def test_teacher_and_student_that_do_not_match(config, tmp_path, capsys, text):
     assert "student hidden_size: 128" in line
     assert "64" in line
     family, _ = make_pair(tmp_path / "b", "qwen3")
-    assert "student base_model_type: llama" in refused(capsys, "stage1", config, "--teacher", family)
+    assert "student base_model_type: llama" in refused(
+        capsys, "stage1", config, "--teacher", family
+    )
     plain = refused(capsys, "stage1", config, "--student", other)
     assert "student" in plain
     assert "attnedit edit" in plain

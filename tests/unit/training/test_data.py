@@ -74,7 +74,7 @@ def test_text_in_all_its_containers(tmp_path):
     with pytest.raises(AttnEditError, match="column"):
         list(read_source(source("text", tmp_path / "e.jsonl"), "data.sources.0"))
     (tmp_path / "f.jsonl").write_text("{broken\n")
-    with pytest.raises(AttnEditError, match="f.jsonl"):
+    with pytest.raises(AttnEditError, match=r"f\.jsonl"):
         list(read_source(source("text", tmp_path / "f.jsonl"), "data.sources.0"))
 
 

@@ -1,4 +1,4 @@
-"""Stage 2, held to transformers' own loss on unpacked documents and to itself under other settings."""
+"""Stage 2, held to plain losses on unpacked documents, and to itself under other settings."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.hf import AttnEditForCausalLM
 
 
-def make_stage(folder, teacher, student, text, cache=None, **sections):
-    config = small_config(folder, teacher, student, text, **sections)
+def make_stage(folder, *material, cache=None, **sections):
+    config = small_config(folder, *material, **sections)
+    teacher, student, _ = material
     devices = Devices(config.run, config.seed)
     packed = attention.register()
     dtype = devices.compute_dtype
@@ -55,7 +56,7 @@ def plain_loss(teacher, student, batches, weight=0.0, answers=None):
     """The loss by the library's models and plain tensors, one document at a time."""
     theirs = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     mine = AttnEditForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
-    total, count, distances = 0.0, 0, []
+    total, count, distances = torch.zeros(()), 0, []
     for batch in batches:
         for ids, documents in zip(batch.input_ids, batch.documents):
             for document in documents.unique():
@@ -63,9 +64,13 @@ def plain_loss(teacher, student, batches, weight=0.0, answers=None):
                 with torch.no_grad():
                     target = theirs(part, output_hidden_states=True)
                 # Hidden states before the final norm, which transformers' last entry is behind.
-                states, hooks = [], []
-                for layer in (*mine.model.layers, *theirs.model.layers):
-                    hooks.append(layer.register_forward_hook(lambda m, a, o: states.append(o)))
+                states: list[torch.Tensor] = []
+
+                def keep(_module, _args, output, states=states):
+                    states.append(output)
+
+                layers = (*mine.model.layers, *theirs.model.layers)
+                hooks = [layer.register_forward_hook(keep) for layer in layers]
                 output = mine(part)
                 with torch.no_grad():
                     theirs(part)
@@ -94,7 +99,9 @@ def test_loss_and_gradients_equal_the_plain_ones(tmp_path, text, family, target,
     if weight and family != "llama":
         target = "mla" if target == "gateswa" else "gateswa"  # other pairs, not more of them
     teacher, student = make_pair(tmp_path, family, target)
-    stage, stream = make_stage(tmp_path, teacher, student, text, stage2={"cosine_weight": weight, "chunk_tokens": 48})
+    stage, stream = make_stage(
+        tmp_path, teacher, student, text, stage2={"cosine_weight": weight, "chunk_tokens": 48}
+    )
     batches = stream.step(0)
     result = stage.run(batches)
     loss, expected = plain_loss(teacher, student, batches, weight)
@@ -107,7 +114,9 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(tmp_path, text):
     from vllm_attnedit.edit import EditPlan, edit_checkpoint
 
     same = tmp_path / "same"
-    edit_checkpoint(teacher, same, EditPlan(target="gateswa", full_layers=(0, 1, 2, 3), gate="none"))
+    edit_checkpoint(
+        teacher, same, EditPlan(target="gateswa", full_layers=(0, 1, 2, 3), gate="none")
+    )
     stage, stream = make_stage(tmp_path, teacher, same, text, stage2={"cosine_weight": 0.1})
     result = stage.run(stream.step(0))
     assert abs(result.loss.item()) < 1e-5
@@ -140,7 +149,11 @@ def test_how_it_is_computed_does_not_change_the_step(tmp_path, pair, text, secti
 
 def test_answers_only(tmp_path, pair):
     chats = write_chats(tmp_path / "c.jsonl", 60)
-    data = {"sources": [{"kind": "chat", "path": str(chats)}], "loss_on": "answers", "sequence_length": 64}
+    data = {
+        "sources": [{"kind": "chat", "path": str(chats)}],
+        "loss_on": "answers",
+        "sequence_length": 64,
+    }
     stage, stream = make_stage(tmp_path, *pair, chats, data=data)
     batches = stream.step(0)
     assert all(b.loss_index is not None for b in batches)
@@ -183,10 +196,10 @@ IDENTITY = {"teacher": "t", "data": "d", "order": 0, "length": 64, "k": 16}
 def test_cached_teachers_need_no_second_pass(tmp_path, pair, text):
     cache = TopKCache(tmp_path / "cache", IDENTITY)
     options = {"stage2": {"top_k": 16, "chunk_tokens": 48}}
-    first, stream = make_stage(tmp_path / "a", *pair, text, cache, **options)
+    first, stream = make_stage(tmp_path / "a", *pair, text, cache=cache, **options)
     batches = stream.step(0)
     expected = first.run(batches).loss.item()
-    second, _ = make_stage(tmp_path / "b", *pair, text, cache, **options)
+    second, _ = make_stage(tmp_path / "b", *pair, text, cache=cache, **options)
 
     def never(*_args):
         raise AssertionError("the teacher ran")

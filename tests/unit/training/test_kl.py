@@ -5,7 +5,9 @@ Shapes: N positions, E hidden, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from training import kl
 from training.kl import Dense, TopK, chunked_kl, plain_kl, top_k
 
 
@@ -41,9 +44,8 @@ def with_gradients(function, hidden, head, target, weight, **options):
     k=st.one_of(st.none(), st.integers(1, 45)),
 )
 def test_chunked_equals_plain(seed, positions, vocabulary, chunk, k):
-    hidden, head, target, weight = case(seed, positions, vocabulary=vocabulary, scale=0.7)
-    if k is not None:
-        target = top_k(target.hidden, target.head, k)
+    hidden, head, dense, weight = case(seed, positions, vocabulary=vocabulary, scale=0.7)
+    target = dense if k is None else top_k(dense.hidden, dense.head, k)
     expected = with_gradients(plain_kl, hidden, head, target, weight)
     found = with_gradients(chunked_kl, hidden, head, target, weight, chunk=chunk)
     for mine, theirs in zip(found, expected):
@@ -64,9 +66,8 @@ def test_plain_equals_the_definition():
 @pytest.mark.parametrize("k", [None, 3, 29])
 def test_a_model_does_not_diverge_from_itself(k):
     hidden, head, _, weight = case(4, scale=1.0)
-    target = Dense(hidden.detach(), head.detach())
-    if k is not None:
-        target = top_k(target.hidden, target.head, k)
+    own = hidden.detach(), head.detach()
+    target = Dense(*own) if k is None else top_k(*own, k)
     loss, agreed, hidden_grad, head_grad = with_gradients(
         chunked_kl, hidden, head, target, weight, chunk=5
     )
@@ -83,7 +84,7 @@ def test_top_k_grows_to_the_whole_divergence():
         plain_kl(hidden, head, top_k(target.hidden, target.head, k), weight)[0].item()
         for k in (1, 2, 5, 15, 28, 29)
     ]
-    assert all(a <= b + 1e-5 for a, b in zip(found, found[1:]))
+    assert all(a <= b + 1e-5 for a, b in itertools.pairwise(found))
     assert found[0] >= 0
     assert found[-1] == pytest.approx(whole, rel=1e-5)
 
@@ -104,9 +105,7 @@ def test_bf16_states_give_nearly_the_float32_loss(fp32):
     exact = plain_kl(hidden, head, target, weight)[0].item()
     rounded = [x.detach().bfloat16() for x in (hidden, head, target.hidden, target.head)]
     mine = rounded[0].requires_grad_()
-    loss, _ = chunked_kl(
-        mine, rounded[1], Dense(*rounded[2:]), weight, chunk=16, fp32_logits=fp32
-    )
+    loss, _ = chunked_kl(mine, rounded[1], Dense(*rounded[2:]), weight, chunk=16, fp32_logits=fp32)
     loss.backward()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact, rel=0.05)
@@ -150,7 +149,9 @@ def test_a_frozen_head_gets_no_gradient():
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_compiled_equals_eager():
+def test_compiled_equals_eager(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(kl, "_compiled", {})
     hidden, head, target, weight = case(10, positions=16)
     expected = with_gradients(chunked_kl, hidden, head, target, weight, chunk=8)
     found = with_gradients(chunked_kl, hidden, head, target, weight, chunk=8, compiled=True)

@@ -23,8 +23,9 @@ from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.hf import AttnEditForCausalLM
 
 
-def make_stage(folder, teacher, student, text, **sections):
-    config = small_config(folder, teacher, student, text, **sections)
+def make_stage(folder, *material, **sections):
+    config = small_config(folder, *material, **sections)
+    teacher, student, _ = material
     devices = Devices(config.run, config.seed)
     loaded = load_teacher(str(teacher), dtype=torch.float32, attention=attention.register())
     store = SafetensorsStore(student)
@@ -42,7 +43,7 @@ def single_layer_problem(teacher, student, layer, batches):
     plain = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     edited = AttnEditForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
     block, attn = plain.model.layers[layer], edited.model.layers[layer].self_attn
-    kept = {}
+    kept: dict[str, torch.Tensor] = {}
 
     def keep(_module, _args, kwargs, output):
         kept.update(x=kwargs["hidden_states"].detach(), y=output[0].detach())
@@ -223,4 +224,5 @@ def test_relative_error_of_a_silent_target_is_finite():
     error.sum().backward()
     assert torch.isfinite(error).all()
     assert error[0, 1].item() == pytest.approx(1.0)
+    assert output.grad is not None
     assert torch.isfinite(output.grad).all()

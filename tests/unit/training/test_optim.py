@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -20,9 +22,9 @@ def test_the_rate_rises_falls_and_ends_at_its_floor():
     schedule = Schedule(steps=101, warmup=10, floor=0.01)
     factors = [schedule.factor(step) for step in range(101)]
     assert factors[0] == pytest.approx(1 / 11)
-    assert all(a < b for a, b in zip(factors[:10], factors[1:11]))
+    assert all(a < b for a, b in itertools.pairwise(factors[:11]))
     assert factors[10] == 1.0
-    assert all(a > b for a, b in zip(factors[10:], factors[11:]))
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert factors[-1] == pytest.approx(0.01)
     assert factors[55] == pytest.approx((1 + 0.01) / 2, abs=1e-9)
 
@@ -52,7 +54,9 @@ def test_groups_keep_their_rates_and_vectors_do_not_decay():
 def documents(*lengths):
     ids = np.repeat(np.arange(len(lengths)), lengths).astype(np.int32)
     flags = np.ones(len(ids), dtype=bool)
-    return make_batch([Sequence(np.zeros(len(ids), np.int64), ids, flags)], (0,), answers_only=False)
+    return make_batch(
+        [Sequence(np.zeros(len(ids), np.int64), ids, flags)], (0,), answers_only=False
+    )
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])

@@ -27,7 +27,14 @@ def test_overrides_reach_every_depth(file):
     config = load_config(
         file,
         ["--optim.tokens", "1e6", "--data.sources.0.path=b.txt", "--stage2.top-k", "64"]
-        + ["--stage1.layers", "[1, 3]", "--evaluate.perplexity", "{w: x.txt}", "--stage1.lr", "1e-3"],
+        + [
+            "--stage1.layers",
+            "[1, 3]",
+            "--evaluate.perplexity",
+            "{w: x.txt}",
+            "--stage1.lr",
+            "1e-3",
+        ],
     )
     assert config.optim.tokens == 1e6
     assert config.data.sources[0].path == "b.txt"
@@ -86,7 +93,12 @@ def test_bad_overrides_name_field_value_and_fix(file, arguments, words):
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("[1, 2]", "keys"), ("teacher: [", "YAML"), ("output: o", "teacher"), ("teacher: t\noutput: o\nrun: 3", "run")],
+    [
+        ("[1, 2]", "keys"),
+        ("teacher: [", "YAML"),
+        ("output: o", "teacher"),
+        ("teacher: t\noutput: o\nrun: 3", "run"),
+    ],
 )
 def test_bad_files(tmp_path, text, word):
     (tmp_path / "c.yaml").write_text(text)
@@ -97,7 +109,9 @@ def test_bad_files(tmp_path, text, word):
 
 
 def test_flatten_gives_back_what_was_set():
-    config = config_from_dict(LEAST | {"optim": {"batch": 7}, "data": {"sources": [{"kind": "text", "path": "p"}]}})
+    config = config_from_dict(
+        LEAST | {"optim": {"batch": 7}, "data": {"sources": [{"kind": "text", "path": "p"}]}}
+    )
     flat = flatten(config)
     assert flat["optim.batch"] == 7
     assert flat["data.sources"][0]["path"] == "p"

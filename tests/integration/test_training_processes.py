@@ -1,0 +1,107 @@
+"""Two processes (gloo) take the same steps as one: sharded, averaged, or with layers shared out."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.training.small import make_pair, write_text
+from tests.unit.training.test_cli import write_config
+from training.checkpoint import find_checkpoints
+from training.parts import PartsReader
+from training.progress import read_metrics
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("material")
+    return *make_pair(folder), write_text(folder / "text.txt")
+
+
+def launch(processes: int, *arguments: str) -> None:
+    command = [sys.executable]
+    if processes > 1:
+        # What `accelerate launch` starts for several devices; on CPUs it would ask for MPI.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command += ["--master-port", str(port)]
+    command += ["-m", "training", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def curve(folder: Path, key: str = "loss") -> list[float]:
+    return [row[key] for row in read_metrics(folder)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "extra"),
+    [
+        ("stage1", ["--run.sharding", "fsdp2"]),
+        ("stage1", ["--stage1.split", "layers"]),
+        ("stage2", []),
+        ("stage2", ["--run.sharding", "fsdp2", "--stage2.cosine_weight", "0.1"]),
+        (
+            "stage2",
+            ["--run.sharding", "fsdp2", "--stage2.trainable", "all", "--stage2.lr_rest", "1e-3"],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "averaged",
+)
+def test_two_processes_equal_one(tmp_path, material, stage, extra):
+    config = write_config(tmp_path / "c.yaml", tmp_path / "unused", *material)
+    common = [stage, str(config), "--optim.micro_batch", "1"]
+    alone = [a for a in extra if a not in ("--run.sharding", "fsdp2", "--stage1.split", "layers")]
+    launch(1, *common, *alone, "--output", str(tmp_path / "one"))
+    launch(2, *common, *extra, "--output", str(tmp_path / "two"))
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    assert two == pytest.approx(one, abs=1e-4)
+    assert curve(tmp_path / "two", "grad_norm") == pytest.approx(
+        curve(tmp_path / "one", "grad_norm"), rel=1e-3
+    )
+    weights = [
+        PartsReader(find_checkpoints(tmp_path / name / "checkpoints")[-1])
+        for name in ("one", "two")
+    ]
+    names = {name for name in weights[0] if not name.startswith("generator/")}
+    assert names == {name for name in weights[1] if not name.startswith("generator/")}
+    for name in names:
+        torch.testing.assert_close(
+            weights[1].load(name), weights[0].load(name), atol=1e-3, rtol=1e-2
+        )
+    assert (tmp_path / "two" / "model" / "config.json").is_file()
+
+
+def test_a_sharded_run_resumes_alone_and_back(tmp_path, material):
+    """Checkpoints do not depend on the number of processes."""
+    config = write_config(tmp_path / "c.yaml", tmp_path / "unused", *material)
+    common = ["stage2", str(config), "--optim.micro_batch", "1", "--output", str(tmp_path / "run")]
+    stop = ["--run.minutes", "1e-9"]  # after one step
+    launch(2, *common, "--run.sharding", "fsdp2", *stop)
+    launch(1, *common, *stop)
+    launch(2, *common, "--run.sharding", "fsdp2")
+    launch(1, *common[:-1], str(tmp_path / "whole"))
+    assert curve(tmp_path / "run") == pytest.approx(curve(tmp_path / "whole"), abs=1e-4)
+
+
+def test_bf16_sharded(tmp_path, material):
+    config = write_config(tmp_path / "c.yaml", tmp_path / "unused", *material)
+    common = ["stage2", str(config), "--optim.micro_batch", "1", "--run.precision", "bf16"]
+    launch(1, *common, "--output", str(tmp_path / "one"))
+    launch(2, *common, "--run.sharding", "fsdp2", "--output", str(tmp_path / "two"))
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=0.03)
