@@ -95,7 +95,7 @@ def decode_config(
 
     # One tile when the batch leaves every program a multiprocessor of its own: nothing else hides
     # the latency of a second step. Otherwise smaller tiles, more programs side by side.
-    tile = 128 if tasks * splits <= multiprocessors else 64
+    tile = 128 if tasks * splits <= multiprocessors or itemsize == 1 else 64
     tile = min(tile, power_of_two(max(16, -(-span // splits))))
     while tile > 16 and 2 * tile * width * itemsize > TILE_BYTES:
         tile //= 2
@@ -107,7 +107,7 @@ HOPPER_ROWS = 16
 
 
 def hopper_config(
-    *, group: int, max_query_len: int, width: int, window: int, page: int
+    *, group: int, max_query_len: int, width: int, window: int, page: int, quantised: bool
 ) -> HopperConfig | None:
     """The Hopper kernel's launch, or None for shapes that it does not take.
 
@@ -117,11 +117,15 @@ def hopper_config(
         width: head width, padded to a power of two.
         window: keys a token sees.
         page: block size.
+        quantised: the cache is narrower than the queries.
     """
     rows = power_of_two(max(8, group * max_query_len))
     span = window + max_query_len - 1
     # One step where that is enough; otherwise small ones, of which four programs fit side by side.
     tile = 128 if 64 < span <= 128 else 64
+    # Widening entries between loads and products costs more than it hides in a loop.
+    if quantised and span > tile:
+        return None
     if rows > HOPPER_ROWS or width not in (64, 128) or tile % page:
         return None
     return HopperConfig(rows=rows, tile=tile, single=span <= tile)

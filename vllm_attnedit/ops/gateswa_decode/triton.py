@@ -229,7 +229,7 @@ def gateswa_decode(
             group=group,
             max_query_len=max_query_len,
             width=padded,
-            itemsize=q.element_size(),
+            itemsize=key_cache.element_size(),
             window=sliding_window,
             num_requests=requests,
             num_kv_heads=kv_heads,
@@ -243,6 +243,7 @@ def gateswa_decode(
                     width=padded,
                     window=sliding_window,
                     page=page,
+                    quantised=key_cache.dtype != q.dtype,
                 )
                 or config
             )

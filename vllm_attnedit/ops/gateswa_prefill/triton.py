@@ -220,8 +220,12 @@ def prefill_config(*, group: int, width: int, itemsize: int, window: int) -> Pre
         rows = max(32, triton.next_power_of_2(group))
         return PrefillConfig(rows=rows, tile=32, warps=4, stages=1)
     tile = min(32, max(16, triton.next_power_of_2(window + rows // group - 1)))
-    registers = 128 if width <= 128 else None
-    return PrefillConfig(rows=rows, tile=tile, warps=4, stages=2, registers=registers)
+    if width > 128:
+        return PrefillConfig(rows=rows, tile=tile, warps=4, stages=2)
+    if window >= 256:
+        # Wide enough for the few keys that a taller tile visits in vain not to matter.
+        return PrefillConfig(rows=2 * rows, tile=tile, warps=8, stages=3, registers=128)
+    return PrefillConfig(rows=rows, tile=tile, warps=4, stages=3, registers=168)
 
 
 def gateswa_prefill(
