@@ -5,10 +5,11 @@ Here a chunk's tokens that leave the window by its end get the null block: the b
 chunk's dense keys and values and stores only the tail. Two rules make that safe, and the backend
 (:mod:`vllm_attnedit.backends.gateswa`) keeps its side of both:
 
-* In a step with any chunk, a layer reads the cached tails of all requests *before* it writes. So
-  the blocks of a running request that lie wholly before its chunk and leave the window by the
-  chunk's end can be returned when the chunk is scheduled: whoever gets them writes them only after
-  they were read.
+* In a step with any chunk, a layer reads the cached tails of all requests *before* it writes. So the
+  blocks of a running request that lie wholly before its chunk and leave the window by the chunk's
+  end take the new tail: the same blocks of the same layers, read and then overwritten. They go to
+  nobody else in that step: layers of different groups share memory, and another group's layer may
+  write before this one's has read.
 * A write to the null block is skipped.
 
 Reading before writing has a price: a block that this step writes cannot serve a hit of this step. So
@@ -31,6 +32,10 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from vllm_attnedit.kv_cache.retention import RetainedTails, branch_points
+
+
+_PLENTY = 4
+"""Memory is plentiful while more than one block in this many is free."""
 
 
 class GateSWAManager(SlidingWindowManager):
@@ -132,7 +137,9 @@ class GateSWAManager(SlidingWindowManager):
             skipped = self.get_num_skipped_tokens(total_computed_tokens) // self.block_size
             held = max(held, skipped)
         ahead = self._null_blocks_ahead(request_id, held, num_tokens, num_tokens_main_model)
-        return max(0, count - ahead.count(False))
+        new = max(0, count - ahead.count(False))
+        reused = len(self._reusable(request_id, num_tokens_main_model)) if held else 0
+        return max(ahead.count(True), new - reused)
 
     def allocate_new_computed_blocks(
         self,
@@ -151,6 +158,26 @@ class GateSWAManager(SlidingWindowManager):
             num_external_computed_tokens,
         )
 
+    def _reusable(self, request_id: str, num_tokens_main_model: int) -> list[int]:
+        """Indices of the blocks that a chunk reads for the last time and may overwrite, if any.
+
+        The block that the chunk starts in is none of them: its rest is written. Tails that are kept
+        for later hits are spared while memory is plentiful.
+        """
+        computed = self.computed_tokens[request_id]
+        if request_id not in self.known_to_worker:
+            return []  # the worker gets its ids with this step: they must be there
+        blocks = self.req_to_blocks[request_id]
+        end = min(self._first_needed_block(num_tokens_main_model), computed // self.block_size)
+        plenty = self.block_pool.get_num_free_blocks() * _PLENTY > self.block_pool.num_gpu_blocks
+        return [
+            i
+            for i in range(self.null_below.get(request_id, 0), min(end, len(blocks)))
+            if not blocks[i].is_null
+            and blocks[i].ref_cnt == 1
+            and not (plenty and self.tails.wants(request_id, i, blocks[i]))
+        ]
+
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
@@ -158,19 +185,20 @@ class GateSWAManager(SlidingWindowManager):
         computed = self.computed_tokens.get(request_id, 0)
         added: list[KVCacheBlock] = []
         if self._is_chunk(computed, num_tokens_main_model):
-            if request_id in self.known_to_worker:
-                # Read by this step before anything is written. The block that the chunk starts
-                # in stays: its rest is written.
-                before_chunk = computed // self.block_size
-                first_needed = self._first_needed_block(num_tokens_main_model)
-                self._release(request_id, min(first_needed, before_chunk))
             blocks = self.req_to_blocks[request_id]
+            reusable = self._reusable(request_id, num_tokens_main_model)
             for retained in self._null_blocks_ahead(
                 request_id, len(blocks), num_tokens, num_tokens_main_model
             ):
                 block = self.block_pool.get_new_blocks(1)[0] if retained else self._null_block
                 blocks.append(block)
                 added.append(block)
+            for _ in range(min(len(reusable), cdiv(num_tokens, self.block_size) - len(blocks))):
+                i = reusable.pop()
+                self.block_pool.evict_blocks({blocks[i].block_id})
+                added.append(blocks[i])
+                blocks.append(blocks[i])
+                blocks[i] = self._null_block
         added += super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         self.known_to_worker.add(request_id)
         self.tails.scheduled(request_id, computed, num_tokens_main_model)

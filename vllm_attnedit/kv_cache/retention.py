@@ -126,6 +126,14 @@ class RetainedTails:
         request = self.requests.get(request_id)
         return request is not None and self._in_tail(index, request.branch_end)
 
+    def wants(self, request_id: str, index: int, block: KVCacheBlock) -> bool:
+        """Whether a hashed block belongs to a tail that is worth keeping."""
+        request = self.requests.get(request_id)
+        if request is None or block.block_hash is None:
+            return False
+        ends = {request.branch_end, request.shared_end, *request.kept_ends}
+        return any(self._in_tail(index, end) for end in ends)
+
     def keeps(self, request_id: str, index: int, block: KVCacheBlock) -> bool:
         """Whether a block that left the window is returned with its hash."""
         request = self.requests.get(request_id)
@@ -137,7 +145,7 @@ class RetainedTails:
             return True
         if self._in_tail(index, request.shared_end):
             return True
-        if any(self._in_tail(index, end) for end in request.kept_ends):
+        if self.wants(request_id, index, block):
             request.left_behind.append(LeftBehind(index, block, block.block_hash))
             return True
         return False

@@ -27,6 +27,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_attnedit.kv_cache.spec import GateSWASpec, blocks_per_request, register_spec
 
 FULL_GROUP, WINDOW_GROUP = 0, 1
+GROUPS = ("full", "window", "window")
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Running:
     """A request as the model sees it."""
 
     request: Request
-    tables: list[list[int]] = field(default_factory=lambda: [[], []])
+    tables: list[list[int]] = field(default_factory=lambda: [[] for _ in GROUPS])
     first_step: bool = True
 
     def content(self, position: int, drafts: list[int]) -> int:
@@ -57,12 +58,15 @@ class ModelEngine:
         caching: bool = True,
         stock: bool = False,
         check_memory: bool = True,
+        layer_order: tuple[int, ...] = (1, 0, 2),
     ) -> None:
         register_spec()
         init_none_hash(sha256)
         self.window, self.block_size, self.drafts = window, block_size, drafts
         self.stock = stock
         self.check_memory = check_memory  # costs the square of the length
+        # One layer a group; layers of different groups share memory, so their order matters.
+        self.layer_order = layer_order
         shared = {
             "block_size": block_size,
             "num_kv_heads": 1,
@@ -77,6 +81,7 @@ class ModelEngine:
         groups = [
             KVCacheGroupSpec(["full"], FullAttentionSpec(**shared)),
             KVCacheGroupSpec(["window"], windowed),
+            KVCacheGroupSpec(["other window"], windowed),
         ]
         self.manager = KVCacheManager(
             KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
@@ -181,14 +186,14 @@ class ModelEngine:
         held = [i for i, block in enumerate(blocks) if not block.is_null]
         branch = [i for i in held if manager.tails.retains_ahead(name, i)]
         # A hit's own tail is handed to the worker with the first step and returned with the next.
-        if not run.first_step and not branch:
-            self.peak_held = max(self.peak_held, len(held))
-            assert len(held) <= blocks_per_request(self.window, size, self.drafts)
-        chunk = new > 1 + self.drafts
+        # While memory is plentiful, a tail that is worth a later hit is not overwritten at once.
+        kept = any(manager.tails.wants(name, i, blocks[i]) for i in held)
+        if not run.first_step and not branch and not kept:
+            # A block that another request shares cannot be overwritten, nor is it ours alone.
+            own = sum(blocks[i].ref_cnt == 1 for i in held)
+            self.peak_held = max(self.peak_held, own)
+            assert own <= blocks_per_request(self.window, size, self.drafts)
         readable_from = computed - self.drafts - (self.window - 1)
-        if chunk and not run.first_step:
-            # The block the chunk starts in takes the chunk's first tokens.
-            readable_from = min(computed + new - self.drafts - (self.window - 1), computed)
         if self.manager.enable_caching:
             readable_from -= size - 1  # a later hit may resume at the last full block
         for i in held:
@@ -196,22 +201,21 @@ class ModelEngine:
 
     def _execute(self, batch: list[tuple[Running, int, int, list[int]]]) -> None:
         any_chunk = any(new > 1 + self.drafts for _, _, new, _ in batch)
-        if any_chunk and not self.stock:
-            for run, computed, _, draft in batch:
-                first = max(0, computed - self.window + 1)
-                self._read(run, WINDOW_GROUP, range(first, computed), draft)
-            self._write(batch, WINDOW_GROUP)
-        else:
-            self._write(batch, WINDOW_GROUP)
+        for group in self.layer_order:
+            windowed = GROUPS[group] == "window"
+            reads_first = windowed and any_chunk and not self.stock
+            if not reads_first:
+                self._write(batch, group)
             for run, computed, new, draft in batch:
-                first = max(0, computed - self.window + 1)
-                self._read(run, WINDOW_GROUP, range(first, computed + new), draft)
-        self._write(batch, FULL_GROUP)
-        for run, computed, new, draft in batch:
-            self._read(run, FULL_GROUP, range(computed + new), draft)
+                first = max(0, computed - self.window + 1) if windowed else 0
+                last = computed if reads_first else computed + new
+                self._read(run, group, range(first, last), draft)
+            if reads_first:
+                self._write(batch, group)
 
     def _write(self, batch: list[tuple[Running, int, int, list[int]]], group: int) -> None:
         writers: dict[int, str] = {}
+        written: set[tuple[int, int]] = set()
         for run, computed, new, draft in batch:
             for position in range(computed, computed + new):
                 block = run.tables[group][position // self.block_size]
@@ -219,7 +223,10 @@ class ModelEngine:
                     continue
                 name = run.request.request_id
                 assert writers.setdefault(block, name) == name, "two requests write one block"
-                self.memory[block, position % self.block_size] = run.content(position, draft)
+                slot = (block, position % self.block_size)
+                assert slot not in written, "two tokens go to one slot"
+                written.add(slot)
+                self.memory[slot] = run.content(position, draft)
 
     def _read(self, run: Running, group: int, positions: range, draft: list[int]) -> None:
         for position in positions:

@@ -34,8 +34,17 @@ class ManagerMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         num_blocks=st.sampled_from([60, 120, 250]),
         seed=st.integers(0, 2**16),
+        order=st.permutations([0, 1, 2]),
     )
-    def start(self, window: int, drafts: int, caching: bool, num_blocks: int, seed: int) -> None:
+    def start(
+        self,
+        window: int,
+        drafts: int,
+        caching: bool,
+        num_blocks: int,
+        seed: int,
+        order: list[int],
+    ) -> None:
         self.rng = random.Random(seed)
         self.engine = ModelEngine(
             window=window,
@@ -43,6 +52,7 @@ class ManagerMachine(RuleBasedStateMachine):
             caching=caching,
             num_blocks=num_blocks,
             max_model_len=160,
+            layer_order=tuple(order),
         )
         # Prompts start with a piece of one of three texts, so that prefixes are shared.
         self.texts = [[self.rng.randrange(50) for _ in range(100)] for _ in range(3)]
@@ -154,19 +164,32 @@ def test_the_machine_catches_mutants(mutant, monkeypatch: pytest.MonkeyPatch):
         run_machine(100, shrink=False)
 
 
-def test_the_machine_catches_a_release_of_the_block_the_chunk_starts_in(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    """Its rest is written in this step: returned, it would be written by two requests."""
+def reuses_the_block_the_chunk_starts_in(self, request_id, num_tokens):
+    """Its rest is written in this step, under its old index."""
+    found = original_reusable(self, request_id, num_tokens)
+    blocks = self.req_to_blocks[request_id]
+    i = self.computed_tokens[request_id] // self.block_size
+    needed = self._first_needed_block(num_tokens)
+    return found + [i] if found and i < min(needed, len(blocks)) else found
 
-    def release(self: GateSWAManager, request_id: str, end: int) -> None:
-        computed = self.computed_tokens.get(request_id, 0)
-        reaches = end == computed // self.block_size and computed % self.block_size
-        original_release(self, request_id, end + 1 if reaches else end)
 
-    monkeypatch.setattr(GateSWAManager, "_release", release)
-    with pytest.raises(AssertionError):
-        run_machine(100, shrink=False)
+def frees_at_once(self, request_id, num_tokens):
+    """What leaves the window goes to anybody in the same step, other groups included."""
+    if request_id in self.known_to_worker:
+        computed = self.computed_tokens[request_id]
+        end = min(self._first_needed_block(num_tokens), computed // self.block_size)
+        self._release(request_id, end)
+    return []
+
+
+original_reusable = GateSWAManager._reusable
+
+
+@pytest.mark.parametrize("mutant", [reuses_the_block_the_chunk_starts_in, frees_at_once])
+def test_the_machine_catches_wrong_reuse(mutant, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(GateSWAManager, "_reusable", mutant)
+    with pytest.raises((AssertionError, ValueError)):
+        run_machine(300, shrink=False)
 
 
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 128])
