@@ -43,7 +43,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, ``+changes`` if it had any; ``ATTNEDIT_COMMIT`` where git is absent."""
+    """The checkout's commit, ``+changes`` if any; ``ATTNEDIT_COMMIT`` where git is absent."""
     if named := os.environ.get("ATTNEDIT_COMMIT"):
         return named
 
@@ -63,5 +63,7 @@ def command() -> str:
     """The command line as a person would type it."""
     # Under `python -m`, argv[0] is a file; the module's name is in the main module's spec.
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    start = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else ["python", sys.argv[0]]
+    start = (
+        ["python", "-m", spec.name.removesuffix(".__main__")] if spec else ["python", sys.argv[0]]
+    )
     return shlex.join([*start, *sys.argv[1:]])

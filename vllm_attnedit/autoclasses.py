@@ -1,9 +1,10 @@
 """Makes transformers' Auto classes know the edited model, without importing them early.
 
 ``import vllm_attnedit`` must stay light (no torch), yet afterwards ``AutoModelForCausalLM`` has to
-load an edited checkpoint with no ``trust_remote_code``. transformers offers ``register`` for that but
-no entry point, and importing its Auto modules pulls in torch. So the registration is deferred to the
-moment somebody imports them: a finder on ``sys.meta_path`` runs it right after the module's own code.
+load an edited checkpoint with no ``trust_remote_code``. transformers offers ``register`` for that
+but no entry point, and importing its Auto modules pulls in torch. So the registration is deferred
+to the moment somebody imports them: a finder on ``sys.meta_path`` runs it right after the module's
+own code.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-# Not from the package's root: that would import the Auto classes, whose import waits for this module
-# to register it (see vllm_attnedit.autoclasses).
+# Not from the package's root: that would import the Auto classes, whose import waits for this
+# module to register it (see vllm_attnedit.autoclasses).
 from transformers.configuration_utils import PreTrainedConfig
 
 from vllm_attnedit.errors import AttnEditError
@@ -78,7 +78,9 @@ class AttentionEdit:
         if SLIDING in self.layer_types:
             self._require_positive("sliding_window")
         elif self.sliding_window is not None:
-            raise self._error("sliding_window", "leave it out: no layer is a sliding_attention layer")
+            raise self._error(
+                "sliding_window", "leave it out: no layer is a sliding_attention layer"
+            )
         for name in _LATENT_DIMS:
             if LATENT in self.layer_types:
                 self._require_positive(name)
@@ -86,7 +88,9 @@ class AttentionEdit:
                 raise self._error(name, "leave it out: no layer is a latent_attention layer")
         if self.q_lora_rank is not None:
             if LATENT not in self.layer_types:
-                raise self._error("q_lora_rank", "leave it out: no layer is a latent_attention layer")
+                raise self._error(
+                    "q_lora_rank", "leave it out: no layer is a latent_attention layer"
+                )
             self._require_positive("q_lora_rank")
         if self.qk_rope_head_dim is not None and self.qk_rope_head_dim % 2:
             raise self._error("qk_rope_head_dim", "give an even width: RoPE rotates pairs")
@@ -112,7 +116,9 @@ class AttentionEdit:
         for name in data:
             if name not in known:
                 raise AttnEditError(
-                    "attention_edit", name, f"remove this field; known are {', '.join(sorted(known))}"
+                    "attention_edit",
+                    name,
+                    f"remove this field; known are {', '.join(sorted(known))}",
                 )
         if not isinstance(data.get("layer_types"), list | tuple):
             raise AttnEditError(
@@ -135,12 +141,12 @@ class AttentionEdit:
 class AttnEditConfig(PreTrainedConfig):
     """Configuration of an edited model of any family.
 
-    Args:
-        base_model_type: the teacher's ``model_type``.
-        attention_edit: the edit, as an :class:`AttentionEdit` or its JSON object; the default is the
+    Args: base_model_type: the teacher's ``model_type``. attention_edit: the edit, as an
+    :class:`AttentionEdit` or its JSON object; the default is the
             unedited teacher (full attention everywhere, no gate).
-        provenance: where the weights come from (teacher, commit, versions, stage, tokens seen, ...).
-        **teacher_fields: the teacher's configuration; what is missing takes the family's default.
+        provenance: where the weights come from (teacher, commit, versions, stage, tokens seen,
+        ...). **teacher_fields: the teacher's configuration; what is missing takes the family's
+        default.
 
     Raises:
         AttnEditError: for an unsupported family or an edit that does not fit the teacher.

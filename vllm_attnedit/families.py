@@ -14,7 +14,7 @@ class Family:
 
     model_type: str
     class_prefix: str
-    """How transformers spells the family's classes: ``<prefix>DecoderLayer``, ``<prefix>RMSNorm``."""
+    """How transformers spells the family's classes: ``<prefix>DecoderLayer``, ..."""
     qk_norm: bool = False
     """RMSNorm over each query and key head, before RoPE."""
     always_qkv_bias: bool = False

@@ -87,7 +87,11 @@ def _mlp_tensors(config: AttnEditConfig, layer: int) -> Iterator[tuple[str, Shap
 
 def _gated_mlp(config: AttnEditConfig, prefix: str, width: int) -> Iterator[tuple[str, Shape]]:
     hidden = config.hidden_size
-    shapes = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+    shapes = {
+        "gate_proj": (width, hidden),
+        "up_proj": (width, hidden),
+        "down_proj": (hidden, width),
+    }
     for name, shape in shapes.items():
         yield f"{prefix}{name}.weight", shape
         if getattr(config, "mlp_bias", False):

@@ -139,6 +139,7 @@ def rows(results: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[d
 
 
 def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="qwen3-8b")
     parser.add_argument("--length", type=int, default=32_768)
@@ -154,12 +155,13 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """All cases, or with ``--case`` the one of this process."""
     args = parse()
     if args.case:
         args.out.write_text(json.dumps(measure(args.folder, args.case, args)))
         return
     results = {case: run_case(case, args) for case in CASES}
-    document = {"provenance": provenance(), "rows": rows(results, args)}
+    document: dict[str, Any] = {"provenance": provenance(), "rows": rows(results, args)}
     args.out.write_text(json.dumps(document, indent=1) + "\n")
     for row in document["rows"]:
         print(f"{row['case']:<45}{row['metric']:<24}{row['value']:>16,.0f}{row['ratio']:>8.3f}")

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from openai import OpenAI
+
 from examples.quickstart.server import serve
 from examples.quickstart.teacher import fetch_teacher
-from openai import OpenAI
 
 MODEL = "smollm2"
 BIN = Path(sys.executable).parent

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
-from tests.e2e.conftest import MODEL
 from transformers import AutoTokenizer
+
+from tests.e2e.conftest import MODEL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

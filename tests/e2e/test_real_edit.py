@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.e2e.conftest import attnedit, edit
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import vllm_attnedit  # noqa: F401  registers the edited model
+from tests.e2e.conftest import attnedit, edit
 from vllm_attnedit.config import SLIDING
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]

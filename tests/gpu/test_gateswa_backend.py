@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.integration.engine import BLOCK_SIZE, engine, generate, metric, random_prompts
 from tests.unit.tiny import tiny_edit
 from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
@@ -49,7 +50,8 @@ def check(model, prompts, outputs, tolerance: float) -> None:
 def test_log_probabilities_equal_the_reference(
     model, runner: str, eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """float32, so that the tolerance can be tight; chunks, decodes and mixed steps, with and without
+    """float32, so that the tolerance can be tight; chunks, decodes and mixed steps, with and
+    without
     compilation and CUDA graphs."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1" if eager else "0")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tests.integration.engine import (
     assert_equal,
     engine,
@@ -17,7 +18,6 @@ from tests.integration.engine import (
 )
 from tests.unit.tiny import FAMILY_NAMES, tiny_edit
 from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
-
 from vllm_attnedit.config import FULL, SLIDING, AttentionEdit
 
 pytestmark = pytest.mark.integration
@@ -33,7 +33,7 @@ def edit_of(target: str, gate: str | None) -> AttentionEdit:
     return tiny_edit(target, gate=gate, **({"window": WINDOW} if target == "gateswa" else {}))
 
 
-CASES = [
+CASES: list[tuple[str, str, str | None]] = [
     (family, target, gate)
     for family in FAMILY_NAMES
     for target in ("gateswa", "mla")

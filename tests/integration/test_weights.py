@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from tests.integration.engine import engine
 from tests.unit.tiny import tiny_edit
 from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
-
 from vllm_attnedit import AttnEditError
 from vllm_attnedit.config import FULL, LATENT, AttentionEdit
 from vllm_attnedit.models.causal_lm import check_servable

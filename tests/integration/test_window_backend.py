@@ -1,10 +1,12 @@
-"""Window layers on this project's backend and allocation, in the real engine, against stock ones."""
+"""Window layers on this project's backend and allocation against stock, in the real engine."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+
 from tests.integration.engine import (
     assert_equal,
     engine,
@@ -16,8 +18,6 @@ from tests.integration.engine import (
 )
 from tests.unit.tiny import tiny_edit
 from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
-
 from vllm_attnedit.kv_cache.manager import GateSWAManager
 
 pytestmark = pytest.mark.integration

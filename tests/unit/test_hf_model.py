@@ -4,16 +4,17 @@ SDPA, cached and uncached, padded and packed, in evaluation and in training."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.tiny import FAMILY_NAMES, tiny_edit
-from tests.unit.tiny_edited import tiny_edited
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.unit.tiny import FAMILY_NAMES, tiny_edit
+from tests.unit.tiny_edited import tiny_edited
 from vllm_attnedit.config import FULL, LATENT, SLIDING
 from vllm_attnedit.hf import AttnEditForCausalLM
 from vllm_attnedit.tensors import expected_tensors
@@ -42,7 +43,7 @@ def rotate(x: Tensor, width: int, base: float = 10000.0) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def by_hand(attention: torch.nn.Module, x: Tensor, window: int | None) -> Tensor:
+def by_hand(attention: Any, x: Tensor, window: int | None) -> Tensor:
     """One layer's ``self_attn`` on (T, E) in float64, head by head and query by query."""
     p = {name: value.double() for name, value in attention.named_parameters()}
     x = x.double()
@@ -92,13 +93,14 @@ def test_layers_equal_attention_by_hand(family: str, target: str, gate: str | No
     edit = tiny_edit(target.removesuffix("-q-lora"), gate=gate, **extra)
     model = tiny_edited(family, edit)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
-    for i, layer in enumerate(model.model.layers):
+    layers: Any = model.model.layers
+    for i, layer in enumerate(layers):
         layer.self_attn.register_forward_hook(
             lambda m, args, kw, out, i=i: seen.__setitem__(i, (kw["hidden_states"], out[0])),
             with_kwargs=True,
         )
     logits(model, prompt(29))
-    for i, layer in enumerate(model.model.layers):
+    for i, layer in enumerate(layers):
         window = edit.sliding_window if edit.layer_types[i] == SLIDING else None
         expected = by_hand(layer.self_attn, seen[i][0][0], window)
         actual = seen[i][1][0].double()

@@ -1,7 +1,8 @@
 """Tiny teachers of every family, small enough for unit tests and shaped like real checkpoints.
 
-Their weights are random but not flat: attention is peaked, gates and biases matter, norm weights are
-not ones, and the next-token distribution is far from uniform, so that a wrong layer shows in logits.
+Their weights are random but not flat: attention is peaked, gates and biases matter, norm weights
+are not ones, and the next-token distribution is far from uniform, so that a wrong layer shows in
+logits.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MERGES = ("t h", "th e", "i n", "a n", "an d", "Ġ t", "o f", "e r", "Ġ a", "r 
 
 
 def tiny_config(family: str = "qwen3", **overrides: Any) -> PreTrainedConfig:
-    """A teacher configuration: 4 layers, 4 query and 2 KV heads of 32, hidden 128, vocabulary 512."""
+    """A teacher configuration: 4 layers, 4 query and 2 KV heads of 32, hidden 128, 512 tokens."""
     values: dict[str, Any] = {
         "vocab_size": 512,
         "hidden_size": 128,
@@ -90,7 +91,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(
         models.BPE(
             vocab={piece: i for i, piece in enumerate(pieces)},
-            merges=[tuple(merge.split(" ")) for merge in MERGES],
+            merges=[(a, b) for a, b in (merge.split(" ") for merge in MERGES)],
         )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -114,7 +115,8 @@ def tiny_teacher(
     max_shard_size: str = "5GB",
     **overrides: Any,
 ) -> Path:
-    """Write a tiny teacher checkpoint (safetensors, tokenizer, generation config); returns its folder.
+    """Write a tiny teacher checkpoint (safetensors, tokenizer, generation config); returns its
+    folder.
 
     Args:
         family: one of ``FAMILY_NAMES``.
@@ -138,7 +140,7 @@ def tiny_teacher(
 def tiny_edit(
     target: str = "gateswa", *, layers: int = 4, window: int = 8, **overrides: Any
 ) -> AttentionEdit:
-    """An edit of a tiny teacher: three window layers and a full one, or latents half as wide as KV."""
+    """An edit of a tiny teacher: three window layers and a full one, or latents half of KV."""
     if target == "mla":
         values: dict[str, Any] = {"layer_types": (LATENT,) * layers, "kv_lora_rank": 64}
         values |= {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.unit.tiny import randomise, tiny_config, tiny_edit, tiny_tokenizer
 
+from tests.unit.tiny import randomise, tiny_config, tiny_edit, tiny_tokenizer
 from vllm_attnedit.config import AttentionEdit, AttnEditConfig
 from vllm_attnedit.hf import AttnEditForCausalLM
 
@@ -17,9 +17,7 @@ def tiny_edited(
 ) -> AttnEditForCausalLM:
     """A random edited model of ``family`` in float32 and evaluation mode."""
     fields = tiny_config(family, **overrides).to_dict() | {"dtype": torch.float32}
-    config = AttnEditConfig(
-        base_model_type=family, attention_edit=edit or tiny_edit(), **fields
-    )
+    config = AttnEditConfig(base_model_type=family, attention_edit=edit or tiny_edit(), **fields)
     model = AttnEditForCausalLM(config)
     randomise(model, torch.Generator().manual_seed(seed))
     return model.float().eval()

@@ -1,9 +1,10 @@
 """GateSWA window attention on CPU, on vLLM's own CPU kernels.
 
 Those read keys and values from pages only. So a step with any chunk runs on scratch pages: each
-request's cached tail is copied there block by block (a block's inner layout is the kernel's secret),
-the chunk's keys and values are stored behind it, and the kernel attends to that. Then the tokens that
-stay in the window are written to the real pages. A step of decodes uses the real pages alone.
+request's cached tail is copied there block by block (a block's inner layout is the kernel's
+secret), the chunk's keys and values are stored behind it, and the kernel attends to that. Then the
+tokens that stay in the window are written to the real pages. A step of decodes uses the real pages
+alone.
 
 Shapes: T tokens, R requests, N query heads, K KV heads, D head width, B block size.
 """
@@ -61,7 +62,7 @@ class GateSWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.decode_query_len = decode_query_len(vllm_config)
         self.page_size = kv_cache_spec.block_size
 
-    def build(  # type: ignore[override]
+    def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
@@ -117,7 +118,7 @@ class GateSWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
 class GateSWACPUImpl(CPUAttentionBackendImpl):
     """Windowed attention of one layer; the gate arrives as ``output_scale``."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         layer: torch.nn.Module,
         query: Tensor,

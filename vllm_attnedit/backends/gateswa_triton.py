@@ -1,4 +1,5 @@
-"""GateSWA window attention on CUDA: this project's Triton operators behind vLLM's backend interface.
+"""GateSWA window attention on CUDA: this project's Triton operators behind vLLM's backend
+interface.
 
 A step with any chunk attends to the chunk's dense keys and values and the cached tail, and writes
 afterwards; a step of decodes only writes first and reads pages. The order is the backend's half of
@@ -114,11 +115,13 @@ class GateSWAImpl(AttentionImpl[GateSWAMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
-        self.fp8_dtype = current_platform.fp8_dtype() if is_quantized_kv_cache(kv_cache_dtype) else None
+        self.fp8_dtype = (
+            current_platform.fp8_dtype() if is_quantized_kv_cache(kv_cache_dtype) else None
+        )
 
     def forward(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -144,7 +147,8 @@ class GateSWAImpl(AttentionImpl[GateSWAMetadata]):
         query, key, value = query[:tokens], key[:tokens], value[:tokens]
         gate = None if output_scale is None else output_scale[:tokens]
         key_cache, value_cache = kv_cache.unbind(1)
-        k_scale = v_scale = None
+        k_scale: Tensor | None = None
+        v_scale: Tensor | None = None
         if self.fp8_dtype is not None:
             key_cache, value_cache = (c.view(self.fp8_dtype) for c in (key_cache, value_cache))
             k_scale, v_scale = layer._k_scale, layer._v_scale
@@ -156,7 +160,7 @@ class GateSWAImpl(AttentionImpl[GateSWAMetadata]):
             attn_metadata.seq_lens,
             attn_metadata.query_start_loc,
         )
-        options = {
+        options: dict[str, Any] = {
             "sliding_window": self.sliding_window,
             "scale": self.scale,
             "gate": gate,

@@ -75,7 +75,9 @@ class EditedAttention(nn.Module):
         width = config.num_attention_heads * config.head_dim
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.o_bias)
         self.g_proj = (
-            nn.Linear(config.hidden_size, config.gate_size, bias=False) if config.gate_size else None
+            nn.Linear(config.hidden_size, config.gate_size, bias=False)
+            if config.gate_size
+            else None
         )
         self._apply_rope = family_module(config).apply_rotary_pos_emb
 

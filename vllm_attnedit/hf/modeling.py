@@ -90,9 +90,7 @@ class AttnEditModel(AttnEditPreTrainedModel):
         self.embed_tokens = nn.Embedding(
             config.vocab_size, config.hidden_size, getattr(config, "pad_token_id", None)
         )
-        self.layers = nn.ModuleList(
-            build_layer(config, i) for i in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(build_layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = rms_norm(config, config.hidden_size)
         types = config.edit.layer_types
         # Only what some layer uses: a fully latent model has no use for the teacher's width.

@@ -1,22 +1,22 @@
 """Block management of GateSWA window layers: memory for the window, and for nothing else.
 
 vLLM's own window manager stores a prefill chunk whole before it drops what lies outside the window.
-Here a chunk's tokens that leave the window by its end get the null block: the backend attends to the
-chunk's dense keys and values and stores only the tail. Two rules make that safe, and the backend
-(:mod:`vllm_attnedit.backends.gateswa`) keeps its side of both:
+Here a chunk's tokens that leave the window by its end get the null block: the backend attends to
+the chunk's dense keys and values and stores only the tail. Two rules make that safe, and the
+backend (``gateswa_*`` in :mod:`vllm_attnedit.backends`) keeps its side of both:
 
-* In a step with any chunk, a layer reads the cached tails of all requests *before* it writes. So the
-  blocks of a running request that lie wholly before its chunk and leave the window by the chunk's
-  end take the new tail: the same blocks of the same layers, read and then overwritten. They go to
-  nobody else in that step: layers of different groups share memory, and another group's layer may
-  write before this one's has read.
+* In a step with any chunk, a layer reads the cached tails of all requests *before* it writes. So
+  the blocks of a running request that lie wholly before its chunk and leave the window by the
+  chunk's end take the new tail: the same blocks of the same layers, read and then overwritten. They
+  go to nobody else in that step: layers of different groups share memory, and another group's layer
+  may write before this one's has read.
 * A write to the null block is skipped.
 
-Reading before writing has a price: a block that this step writes cannot serve a hit of this step. So
-blocks get their hash when the next step starts.
+Reading before writing has a price: a block that this step writes cannot serve a hit of this step.
+So blocks get their hash when the next step starts.
 
-A chunk is a step of more than ``1 + num_speculative_tokens`` tokens. Smaller steps are decodes: they
-write first, then read pages, and their blocks are kept as vLLM keeps them.
+A chunk is a step of more than ``1 + num_speculative_tokens`` tokens. Smaller steps are decodes:
+they write first, then read pages, and their blocks are kept as vLLM keeps them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from vllm_attnedit.kv_cache.retention import RetainedTails, branch_points
-
 
 _PLENTY = 4
 """Memory is plentiful while more than one block in this many is free."""
@@ -207,10 +206,8 @@ class GateSWAManager(SlidingWindowManager):
     def cache_blocks(
         self, request: Request, num_tokens: int, retention_interval: int | None = None
     ) -> None:
-        """Have the step's full blocks hashed once it is over; keep the prompt's tail for a replay."""
-        self.tails.prompt(
-            request.request_id, request.num_prompt_tokens, self.scheduler_block_size
-        )
+        """Have the step's full blocks hashed once it is over; keep the prompt's tail."""
+        self.tails.prompt(request.request_id, request.num_prompt_tokens, self.scheduler_block_size)
         self.written[request.request_id] = (request, num_tokens, retention_interval)
 
     def new_step_starts(self) -> None:

@@ -1,18 +1,18 @@
 """Which window blocks are worth keeping for prefix caching.
 
-A prefix can be resumed at a boundary only if the window's tail before it is still stored. vLLM keeps
-every block, so that any boundary works, and fills its cache with blocks nobody resumes at. Here a
-request leaves behind
+A prefix can be resumed at a boundary only if the window's tail before it is still stored. vLLM
+keeps every block, so that any boundary works, and fills its cache with blocks nobody resumes at.
+Here a request leaves behind
 
 * its last tail, held when it finishes: the next turn of a conversation resumes there;
 * the tail of its prompt, for a replay of it or another answer to it;
 * the tail at the end of each large chunk, a boundary that costs little of what it covers;
-* the tail at a *branching point*: where full-attention layers had a longer hit than window layers, a
-  prefix is shared by requests that differ afterwards (a system prompt, a document). The first two
+* the tail at a *branching point*: where full-attention layers had a longer hit than window layers,
+  a prefix is shared by requests that differ afterwards (a system prompt, a document). The first two
   requests find it out, the later ones resume there.
 
-When a conversation moves on, what its earlier turns left behind goes; a branching point's tail stays.
-Losing any of these costs a hit, never a wrong result.
+When a conversation moves on, what its earlier turns left behind goes; a branching point's tail
+stays. Losing any of these costs a hit, never a wrong result.
 """
 
 from __future__ import annotations

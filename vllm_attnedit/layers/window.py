@@ -20,7 +20,8 @@ from vllm_attnedit.kv_cache.spec import GateSWASpec
 logger = init_logger(__name__)
 
 BACKEND_OPTION = "attnedit_window_backend"
-"""Key of vLLM's ``--additional-config``: ``auto`` (default) or ``stock``, the control of benchmarks:
+"""Key of vLLM's ``--additional-config``: ``auto`` (default) or ``stock``, the control of
+benchmarks:
 vLLM's own window attention and allocation, with the gate applied outside."""
 
 
@@ -53,7 +54,7 @@ def stock_reason(vllm_config: VllmConfig) -> str | None:
 
 
 def window_backend(vllm_config: VllmConfig) -> type[AttentionBackend] | None:
-    """The backend of window layers on this platform, or ``None`` for vLLM's own, with one log line."""
+    """The backend of window layers here, or ``None`` for vLLM's own, with one log line."""
     reason = stock_reason(vllm_config)
     if reason is not None:
         logger.warning_once(
@@ -90,7 +91,9 @@ class WindowAttention(Attention):
             num_speculative_tokens=decode_query_len(vllm_config) - 1,
         )
 
-    def forward_gated(self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
+    def forward_gated(
+        self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None
+    ) -> Tensor:
         """Attend and gate.
 
         Args:

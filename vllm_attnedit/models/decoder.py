@@ -97,7 +97,7 @@ class AttnEditModel(nn.Module):
             ["hidden_states", "residual"], config.hidden_size
         )
 
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed_input_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         return self.embed_tokens(input_ids)
 
     def forward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
@@ -77,7 +78,9 @@ class WeightLoader:
         shape = self.expected.get(name)
         if shape is not None and tuple(tensor.shape) != shape:
             raise AttnEditError(
-                name, f"shape {tuple(tensor.shape)}", f"config.json wants {shape}: {_FIX_CHECKPOINT}"
+                name,
+                f"shape {tuple(tensor.shape)}",
+                f"config.json wants {shape}: {_FIX_CHECKPOINT}",
             )
         if shape is None and not self.quantized:
             raise AttnEditError(
@@ -127,7 +130,7 @@ class WeightLoader:
                 continue
             if target not in self.params:
                 raise AttnEditError(name, "unexpected tensor", _FIX_CHECKPOINT)
-            param = self.params[target]
+            param: Any = self.params[target]
             local = param.weight_loader(
                 param, tensor, target, shard_id=shard, expert_id=expert, return_success=True
             )

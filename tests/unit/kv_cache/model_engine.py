@@ -1,9 +1,9 @@
 """A scheduler and a worker in plain Python around the real block managers.
 
-The worker keeps what a GPU worker keeps: a block table a request that only ever grows by the ids the
-scheduler hands out (stale ids of returned blocks included), and memory by (block, offset). What a
-position must hold is a hash of its whole prefix, so equal prefixes of different requests agree. Each
-step reads and writes in the order the backend promises and checks every value read.
+The worker keeps what a GPU worker keeps: a block table a request that only ever grows by the ids
+the scheduler hands out (stale ids of returned blocks included), and memory by (block, offset). What
+a position must hold is a hash of its whole prefix, so equal prefixes of different requests agree.
+Each step reads and writes in the order the backend promises and checks every value read.
 """
 
 from __future__ import annotations

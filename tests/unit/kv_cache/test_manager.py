@@ -14,9 +14,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tests.unit.kv_cache.model_engine import ModelEngine
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 
+from tests.unit.kv_cache.model_engine import ModelEngine
 from vllm_attnedit.kv_cache.manager import GateSWAManager
 from vllm_attnedit.kv_cache.spec import blocks_per_request
 

@@ -1,4 +1,5 @@
-"""Prefix caching with a fraction of the blocks: hits and hashed blocks against vLLM's own manager, on
+"""Prefix caching with a fraction of the blocks: hits and hashed blocks against vLLM's own manager,
+on
 the two kinds of traffic that share prefixes."""
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+
 from tests.unit.kv_cache.model_engine import ModelEngine
 
 WINDOW, BLOCK, CHUNK = 128, 16, 1024

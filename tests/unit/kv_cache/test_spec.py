@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,12 @@ from vllm_attnedit import AttnEditError
 from vllm_attnedit.kv_cache.spec import GateSWASpec
 from vllm_attnedit.layers.window import BACKEND_OPTION, stock_reason
 
-SHAPE = {"block_size": 16, "num_kv_heads": 8, "head_size": 128, "dtype": torch.bfloat16}
+SHAPE: dict[str, Any] = {
+    "block_size": 16,
+    "num_kv_heads": 8,
+    "head_size": 128,
+    "dtype": torch.bfloat16,
+}
 
 
 def engine_config(length: int, chunk: int) -> SimpleNamespace:
