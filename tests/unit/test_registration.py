@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -58,3 +62,30 @@ def test_registration_is_idempotent_and_lazy():
     assert "AttnEditForCausalLM" in ModelRegistry.get_supported_archs()
     entry = ModelRegistry.models["AttnEditForCausalLM"]
     assert entry.module_name == "vllm_attnedit.models.causal_lm"  # a name: nothing imported
+
+
+def test_vllm_without_the_plugin_is_as_it_was():
+    """What `pip uninstall` leaves: nothing of the plugin is loaded, its model is unknown, and the
+    registry of cache specifications holds vLLM's own only."""
+    code = """
+        import sys
+        from vllm.plugins import load_general_plugins
+        load_general_plugins()
+        from vllm.model_executor.models.registry import ModelRegistry
+        from vllm.v1 import kv_cache_spec_registry as registry
+        assert "AttnEditForCausalLM" not in ModelRegistry.get_supported_archs()
+        registry.KVCacheSpecRegistry._ensure_registered()
+        owners = {cls.__module__.split(".")[0] for cls in registry._REGISTRY_KVCACHESPEC_LIST}
+        assert owners == {"vllm"}, owners
+        assert not [name for name in sys.modules if name.startswith("vllm_attnedit")]
+    """
+    # The one trace of an installed plugin is its entry point; this leaves it unread.
+    env = os.environ | {"VLLM_PLUGINS": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
