@@ -141,12 +141,12 @@ class AttentionEdit:
 class AttnEditConfig(PreTrainedConfig):
     """Configuration of an edited model of any family.
 
-    Args: base_model_type: the teacher's ``model_type``. attention_edit: the edit, as an
-    :class:`AttentionEdit` or its JSON object; the default is the
-            unedited teacher (full attention everywhere, no gate).
-        provenance: where the weights come from (teacher, commit, versions, stage, tokens seen,
-        ...). **teacher_fields: the teacher's configuration; what is missing takes the family's
-        default.
+    Args:
+        base_model_type: the teacher's ``model_type``.
+        attention_edit: the edit, as an :class:`AttentionEdit` or its JSON object; the default is
+            the unedited teacher (full attention everywhere, no gate).
+        provenance: where the weights come from (teacher, commit, versions, stage, tokens seen).
+        **teacher_fields: the teacher's configuration; what is missing takes the family's default.
 
     Raises:
         AttnEditError: for an unsupported family or an edit that does not fit the teacher.

@@ -6,9 +6,10 @@ from __future__ import annotations
 class AttnEditError(ValueError):
     """Bad input. Its text is one line; commands print it and exit with status 2.
 
-    Args: field: what was wrong, as the user spells it (``--window``, ``attention_edit.gate``, a
-    file). value: the offending value. fix: what to do instead, as an imperative sentence without a
-    full stop.
+    Args:
+        field: what was wrong, as the user spells it (``--window``, a config field, a file).
+        value: the offending value.
+        fix: what to do instead, as an imperative sentence without a full stop.
     """
 
     def __init__(self, field: str, value: object, fix: str) -> None:

@@ -24,8 +24,11 @@ def run(code: str) -> str:
 def test_import_is_light_and_quick():
     """Best of three: another process may hold the core once."""
     code = """
-        import sys, time start = time.perf_counter() import vllm_attnedit print(time.perf_counter()
-        - start, *[m for m in ("torch", "vllm", "triton") if m in sys.modules])
+        import sys, time
+        start = time.perf_counter()
+        import vllm_attnedit
+        seconds = time.perf_counter() - start
+        print(seconds, *[m for m in ("torch", "vllm", "triton") if m in sys.modules])
     """
     runs = [run(code).split() for _ in range(3)]
     assert min(float(seconds) for seconds, *_ in runs) < 1.0
@@ -33,10 +36,12 @@ def test_import_is_light_and_quick():
 
 
 AUTO = """
-    {imports} config = AutoConfig.for_model( "attnedit", base_model_type="llama", vocab_size=64,
-    hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1,
-    num_hidden_layers=2, attention_edit={{"layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": 4}},
+    {imports}
+    config = AutoConfig.for_model(
+        "attnedit", base_model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=32,
+        num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2,
+        attention_edit={{"sliding_window": 4,
+                         "layer_types": ["sliding_attention", "full_attention"]}},
     )
     print(type(AutoModelForCausalLM.from_config(config)).__module__)
 """
