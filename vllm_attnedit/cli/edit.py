@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -36,7 +36,16 @@ from vllm_attnedit.edit import (
 from vllm_attnedit.edit.calibration import DEFAULT_TOKENS
 from vllm_attnedit.errors import AttnEditError
 
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text}: give an integer") from None
+
+
 BUILTIN, NONE = "builtin", "none"
+_INTEGER: dict[str, Any] = {"parser": _integer, "metavar": "INTEGER"}
 _DIM = "MLA: {}; by default {}."
 
 
@@ -51,7 +60,8 @@ def command(
         str, typer.Option(help="inherit the teacher's attention, or random as in the paper.")
     ] = "inherit",
     window: Annotated[
-        int | None, typer.Option(help="GateSWA: tokens a window layer sees; by default 128.")
+        int | None,
+        typer.Option(**_INTEGER, help="GateSWA: tokens a window layer sees; by default 128."),
     ] = None,
     full_layers: Annotated[
         str | None,
@@ -63,20 +73,25 @@ def command(
     ] = None,
     kv_lora_rank: Annotated[
         int | None,
-        typer.Option(help=_DIM.format("width of the cached latent", "half of K and V together")),
+        typer.Option(
+            **_INTEGER, help=_DIM.format("width of the cached latent", "half of K and V together")
+        ),
     ] = None,
     qk_rope_head_dim: Annotated[
-        int | None, typer.Option(help=_DIM.format("width of the RoPE key", "64, or the head's"))
+        int | None,
+        typer.Option(**_INTEGER, help=_DIM.format("width of the RoPE key", "64, or the head's")),
     ] = None,
     qk_nope_head_dim: Annotated[
         int | None,
-        typer.Option(help=_DIM.format("head width without position", "the teacher's")),
+        typer.Option(**_INTEGER, help=_DIM.format("head width without position", "the teacher's")),
     ] = None,
     v_head_dim: Annotated[
-        int | None, typer.Option(help=_DIM.format("head width of values", "the teacher's, alone"))
+        int | None,
+        typer.Option(**_INTEGER, help=_DIM.format("head width of values", "the teacher's, alone")),
     ] = None,
     q_lora_rank: Annotated[
-        int | None, typer.Option(help=_DIM.format("rank of the query projection", "full"))
+        int | None,
+        typer.Option(**_INTEGER, help=_DIM.format("rank of the query projection", "full")),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -87,7 +102,7 @@ def command(
         ),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(help=f"Of that text; by default {DEFAULT_TOKENS}.")
+        int | None, typer.Option(**_INTEGER, help=f"Of that text; by default {DEFAULT_TOKENS}.")
     ] = None,
     calibration_device: Annotated[
         str, typer.Option(help="Where the teacher runs on that text: cpu, cuda, npu.")
@@ -96,7 +111,7 @@ def command(
         str | None,
         typer.Option(help="bfloat16, float16 or float32; by default as stored, bfloat16 for GGUF."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+    seed: Annotated[int, typer.Option(**_INTEGER, help="Of random weights.")] = 0,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub repository.")
     ] = None,

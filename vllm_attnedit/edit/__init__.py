@@ -43,7 +43,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # First of all: what registers the edited model imports this package's config and hf modules,
-    # which must not be half imported at that moment.
-    import_module("transformers.models.auto.modeling_auto")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

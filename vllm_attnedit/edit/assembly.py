@@ -138,6 +138,11 @@ class Assembly:
         self._done += self._writer_of[name].nbytes(name)
         self._progress(step, self._done, self._total)
 
+    def write_all(self, tensors: dict[str, Tensor], step: str) -> None:
+        """Write tensors by name and empty the dict, so that they are freed here and now."""
+        while tensors:
+            self.write(*tensors.popitem(), step)
+
     def copy_unedited(self, store: TensorStore) -> None:
         """Copy all that is not attention, file by file."""
         for index, tensors in enumerate(self._shards):

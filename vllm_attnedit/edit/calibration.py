@@ -1,10 +1,9 @@
-"""Which inputs matter to each attention layer: statistics from running the teacher on some text.
+"""Runs a teacher on some text, to see which inputs matter to each of its attention layers.
 
 The teacher runs one layer at a time, all text through a layer before the next one is loaded, so
 that memory stays at one layer whatever the model's size.
 
-Shapes: B windows of text, T tokens a window, E hidden, H query heads, I inputs (E, plus 1 where the
-projections have biases).
+Shapes: B windows of text, T tokens a window, E hidden.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from vllm_attnedit.edit.layout import unedited
-from vllm_attnedit.edit.lowrank import SecondMoment
-from vllm_attnedit.edit.store import TensorStore
+from vllm_attnedit.edit.statistics import Collector, InputStatistics
+from vllm_attnedit.edit.store import TensorStore, load_finite
 from vllm_attnedit.edit.teacher import Teacher
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.families import get_family
@@ -31,23 +30,6 @@ DEFAULT_TOKENS = 4096
 WINDOW = 512
 """Tokens that run together: enough for attention sinks to form, few enough for eager attention."""
 _CHARACTERS_A_TOKEN = 16
-
-
-@dataclass(frozen=True)
-class InputStatistics:
-    """Of a layer's normed input.
-
-    Attributes:
-        query: second moment over all tokens.
-        key: the same where half of the weight goes by the attention a token receives: an attention
-            sink is one token in hundreds, and gets most of the attention.
-        distances: (H, T) attention that each head pays at each distance, the text's first token
-            (the usual sink, whose distance means nothing) left out; ``None`` if unknown.
-    """
-
-    query: SecondMoment
-    key: SecondMoment
-    distances: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -126,15 +108,6 @@ class Calibration:
         return torch.cat([torch.tensor([start] * count, dtype=torch.long).view(count, -1), rows], 1)
 
 
-def statistics_from_weights(store: TensorStore, config: Any, layer: int) -> InputStatistics:
-    """What the norm alone says of a layer's input: independent elements, as large as its norm's."""
-    weight = store.load(f"model.layers.{layer}.input_layernorm.weight").double()
-    has_one = get_family(config.model_type).qkv_bias(config)
-    diagonal = torch.cat([weight**2, torch.ones(1, dtype=torch.float64)]) if has_one else weight**2
-    moment = SecondMoment(torch.diag(diagonal), None, has_one)
-    return InputStatistics(moment, moment, None)
-
-
 def run_statistics(teacher: Teacher, calibration: Calibration) -> Iterator[InputStatistics]:
     """Statistics of each layer in turn; the teacher runs as the iterator is advanced."""
     config, store = teacher.config, teacher.store
@@ -147,7 +120,7 @@ def run_statistics(teacher: Teacher, calibration: Calibration) -> Iterator[Input
     modeling = import_module(family.modeling_module)
     config._attn_implementation = "eager"  # the one that returns attention weights
     config._experts_implementation = "eager"
-    embedding = store.load("model.embed_tokens.weight")
+    embedding = load_finite(store, "model.embed_tokens.weight")
     hidden = embedding[ids].float()  # (B, T, E)
     del embedding
     length = ids.shape[1]
@@ -157,7 +130,7 @@ def run_statistics(teacher: Teacher, calibration: Calibration) -> Iterator[Input
     mask = torch.full((length, length), torch.finfo(torch.float32).min, device=device).triu(1)
     for index in range(config.num_hidden_layers):
         layer = load_layer(store, config, index).to(device)
-        collect = _Collector(layer, family.qkv_bias(config))
+        collect = Collector(layer, family.qkv_bias(config))
         for row in range(len(hidden)):
             with torch.no_grad():
                 hidden[row : row + 1] = layer(
@@ -166,7 +139,9 @@ def run_statistics(teacher: Teacher, calibration: Calibration) -> Iterator[Input
                     position_ids=positions,
                     position_embeddings=rotation,
                 ).cpu()
-        yield collect.result()
+        result = collect.result()
+        del layer, collect  # freed before the caller and the next layer need room
+        yield result
 
 
 def load_layer(store: TensorStore, config: Any, index: int) -> nn.Module:
@@ -182,7 +157,7 @@ def load_layer(store: TensorStore, config: Any, index: int) -> nn.Module:
         if name.startswith("mlp.experts.") and stacked:
             state[name] = _stack_experts(store, f"{prefix}mlp.experts.", name, config.num_experts)
         else:
-            state[name] = store.load(prefix + name).float()
+            state[name] = load_finite(store, prefix + name).float()
     layer.load_state_dict(state, assign=True)
     return layer.eval().requires_grad_(False)
 
@@ -190,61 +165,12 @@ def load_layer(store: TensorStore, config: Any, index: int) -> nn.Module:
 def _stack_experts(store: TensorStore, prefix: str, name: str, experts: int) -> Tensor:
     """transformers' stacked form of the experts' projections; gate and up are one, gate first."""
     parts = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
-    first = [store.load(f"{prefix}0.{part}.weight") for part in parts]
+    first = [load_finite(store, f"{prefix}0.{part}.weight") for part in parts]
     rows = sum(len(t) for t in first)
     stacked = torch.empty(experts, rows, first[0].shape[1])
     for expert in range(experts):
         torch.cat(
-            [store.load(f"{prefix}{expert}.{part}.weight").float() for part in parts],
+            [load_finite(store, f"{prefix}{expert}.{part}.weight").float() for part in parts],
             out=stacked[expert],
         )
     return stacked
-
-
-class _Collector:
-    """Listens to a layer's norm and attention while text runs through it."""
-
-    def __init__(self, layer: Any, has_one: bool) -> None:
-        self._has_one = has_one
-        self._tokens = 0
-        self._plain: Any = 0.0
-        self._attended: Any = 0.0
-        self._mean: Any = 0.0
-        self._attended_mean: Any = 0.0
-        self._distances: Any = 0.0
-        self._input: Tensor | None = None
-        layer.input_layernorm.register_forward_hook(self._on_norm)
-        layer.self_attn.register_forward_hook(self._on_attention)
-
-    def _on_norm(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        rows = output[0].double().cpu()  # (T, E)
-        if self._has_one:
-            rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
-        self._input = rows
-
-    def _on_attention(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        weights = output[1][0].double().cpu()  # (H, T, T), queries by keys
-        rows = self._input
-        assert rows is not None
-        received = weights.sum((0, 1))  # attention that each token gets
-        received = received * len(rows) / received.sum()
-        self._tokens += len(rows)
-        self._plain += rows.T @ rows
-        self._mean += rows.sum(0)
-        self._attended += (rows * received[:, None]).T @ rows
-        self._attended_mean += received @ rows
-        weights[:, :, 0] = 0.0
-        self._distances += torch.stack(
-            [weights.diagonal(-d, 1, 2).sum(1) for d in range(len(rows))], dim=1
-        )
-
-    def result(self) -> InputStatistics:
-        """What was heard."""
-        n = self._tokens
-        query = SecondMoment(self._plain / n, self._mean / n, self._has_one)
-        key = SecondMoment(
-            (self._plain + self._attended) / (2 * n),
-            (self._mean + self._attended_mean) / (2 * n),
-            self._has_one,
-        )
-        return InputStatistics(query, key, self._distances)

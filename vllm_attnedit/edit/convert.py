@@ -18,18 +18,14 @@ from vllm_attnedit.edit.assembly import (
     planned_dtypes,
     silent,
 )
-from vllm_attnedit.edit.calibration import (
-    Calibration,
-    InputStatistics,
-    run_statistics,
-    statistics_from_weights,
-)
+from vllm_attnedit.edit.calibration import Calibration, run_statistics
 from vllm_attnedit.edit.gateswa import inherited_attention, random_attention
 from vllm_attnedit.edit.latent import EnergyKept, LatentInitialiser, overall_energy
 from vllm_attnedit.edit.layout import Shape, check_tensors, edited_attention, teacher_tensors
 from vllm_attnedit.edit.output import check_output, output_folder
 from vllm_attnedit.edit.patterns import EditPlan, build_edit
 from vllm_attnedit.edit.provenance import edit_provenance, fingerprint
+from vllm_attnedit.edit.statistics import InputStatistics, statistics_from_weights
 from vllm_attnedit.edit.teacher import Teacher, open_teacher
 from vllm_attnedit.edit.writer import write_index
 from vllm_attnedit.errors import AttnEditError
@@ -95,9 +91,8 @@ def edit_checkpoint(
         with output_folder(out, nbytes) as folder:
             with Assembly(folder, shards, progress) as assembly:
                 made = _make_attention(opened, config, plan, layers, calibration, energy)
-                for layer, tensors in enumerate(made):
-                    for name, tensor in tensors.items():
-                        assembly.write(name, tensor, f"layer {layer + 1}/{len(layers)}")
+                for layer in range(len(layers)):
+                    assembly.write_all(next(made), f"layer {layer + 1}/{len(layers)}")
                 assembly.copy_unedited(opened.store)
             write_index(folder, shards)
             opened.copy_files(folder)
@@ -133,8 +128,9 @@ def _make_attention(
             yield inherited_attention(store, layer, shapes)
     else:
         initialiser = LatentInitialiser(store, config)
-        for layer, (shapes, inputs) in enumerate(zip(layers, _statistics(teacher, calibration))):
-            tensors, kept = initialiser.make(layer, shapes, inputs)
+        statistics = _statistics(teacher, calibration)
+        for layer, shapes in enumerate(layers):
+            tensors, kept = initialiser.make(layer, shapes, next(statistics))
             energy.append(kept)
             yield tensors
 

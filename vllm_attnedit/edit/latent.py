@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from vllm_attnedit.config import AttnEditConfig
-from vllm_attnedit.edit.calibration import InputStatistics
 from vllm_attnedit.edit.gateswa import output_and_gate
 from vllm_attnedit.edit.layout import Shape, attention_prefix
 from vllm_attnedit.edit.lowrank import Factors, SecondMoment, factorise, weighting
 from vllm_attnedit.edit.rope_split import mean_turn, nearest_pairs, split_rope
-from vllm_attnedit.edit.store import TensorStore
+from vllm_attnedit.edit.statistics import InputStatistics
+from vllm_attnedit.edit.store import TensorStore, load_finite
 from vllm_attnedit.hf.modeling import rotary_embedding
 
 
@@ -110,7 +110,7 @@ class LatentInitialiser:
             turn=mean_turn(self._frequencies, inputs.distances, heads),
         )
         metric = _query_metric(split.q_nope, groups, inputs.query)
-        output = self._store.load(f"{prefix}o_proj.weight").double()
+        output = load_finite(self._store, f"{prefix}o_proj.weight").double()
         blocks = (
             _Block(split.k_nope, metric, inputs.key),
             _Block(value, _output_metric(output, heads, groups), inputs.key),
@@ -144,14 +144,14 @@ class LatentInitialiser:
 
     def _projection(self, prefix: str, kind: str, moment: SecondMoment) -> Tensor:
         """Rows of a projection by head, (heads, D, I), float64, with its bias and average norm."""
-        rows = self._store.load(f"{prefix}{kind}_proj.weight").double()
+        rows = load_finite(self._store, f"{prefix}{kind}_proj.weight").double()
         if self._config.qkv_bias:
-            bias = self._store.load(f"{prefix}{kind}_proj.bias").double()
+            bias = load_finite(self._store, f"{prefix}{kind}_proj.bias").double()
             rows = torch.cat([rows, bias[:, None]], dim=1)
         rows = rows.view(-1, self._config.head_dim, rows.shape[1])
         if not self._config.family.qk_norm or kind == "v":
             return rows
-        weight = self._store.load(f"{prefix}{kind}_norm.weight").double()
+        weight = load_finite(self._store, f"{prefix}{kind}_norm.weight").double()
         square = ((rows @ moment.matrix) * rows).sum(2).mean(1)  # E of each head's mean square
         scale = (square + self._config.rms_norm_eps).rsqrt()
         return rows * scale[:, None, None] * weight[:, None]

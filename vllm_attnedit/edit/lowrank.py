@@ -9,10 +9,11 @@ An RMSNorm stands between the two factors, and divides each token's latent by it
 leave the product intact the latent has to have the same length for every token:
 
 * latents are whitened (unit second moment each), so that many small contributions average out;
-* one latent carries a constant much larger than the others together, so that the length hardly
-  depends on the token. The constant is the bias where there is one. Elsewhere it is the linear
-  function of the input that is nearest to 1 on average, ``x^T M^-1 E[x]``: the normed inputs of
-  trained models have a mean so large that this varies by a few percent, attention sinks included.
+* one latent carries a constant larger than the others together, so that the length hardly depends
+  on the token. The constant is the bias where there is one. Elsewhere it is the linear function of
+  the input that is nearest to 1 on average, ``x^T M^-1 E[x]``: the normed inputs of trained models
+  have a mean so large that this varies by a few percent, attention sinks included. How much larger
+  the constant is follows from how constant it is.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CONSTANT_GAIN = 64.0
-"""Length of the constant latent over that of all others: they move the norm by 1 / gain^2."""
+MAX_CONSTANT_GAIN = 64.0
+"""Length of a true constant over that of all other latents: they move the norm by 1 / gain^2."""
+_LATENT_VARIANCE = 0.25
+"""Relative variance of the mean square of white latents from token to token, as seen in trained
+models; independent Gaussian ones would have 2 / rank."""
 _RIDGE = 1e-6
 _FLOOR = 1e-5
 """Smallest standard deviation of a latent, relative to the largest, that is scaled up to one."""
@@ -94,10 +98,23 @@ def factorise(rows: Tensor, moment: SecondMoment, rank: int) -> Factors:
     reduce[:kept] = (vectors.T @ rows) / scale[:, None]
     expand[:, :kept] = vectors * scale
     if constant is not None:
-        reduce[-1] = constant * CONSTANT_GAIN * rank**0.5
+        reduce[-1] = constant * constant_gain(constant, moment) * rank**0.5
     mean_square = moment.energy(reduce) / rank
     weight = torch.full((rank,), max(mean_square, 1e-30) ** 0.5, dtype=torch.float64)
     return Factors(reduce, weight, expand)
+
+
+def constant_gain(constant: Tensor, moment: SecondMoment) -> float:
+    """Length of the constant latent, relative to the others, that steadies the norm the most.
+
+    With ``t`` the squared gain, ``v`` the constant's relative variance (its square's is 4v) and
+    ``s`` that of the other latents' mean square, the squared norm has the relative variance
+    ``(4 v t^2 + s) / (t + 1)^2``, least at ``t = s / 4v``.
+    """
+    square = moment.energy(constant[None])
+    average = 1.0 if moment.has_one or moment.mean is None else float(constant @ moment.mean)
+    variance = max(square / average**2 - 1.0, 0.0)
+    return min(MAX_CONSTANT_GAIN, (_LATENT_VARIANCE / max(4 * variance, 1e-12)) ** 0.5)
 
 
 def weighting(gram: Tensor) -> tuple[Tensor, Tensor]:

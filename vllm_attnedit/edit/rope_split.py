@@ -69,6 +69,11 @@ def mean_turn(frequencies: Tensor, distances: Tensor | None, heads: int) -> Tens
     return (seen + prior) / 2
 
 
+def _apply(rows: Tensor, moment: Tensor) -> Tensor:
+    """``rows @ moment`` of complex rows, without a complex copy of the moment."""
+    return torch.complex(rows.real @ moment, rows.imag @ moment)
+
+
 @dataclass(frozen=True)
 class RopeSplit:
     """Queries and keys of an MLA layer that score as the teacher's do.
@@ -108,16 +113,18 @@ def split_rope(
     heads, groups = query.shape[0], key.shape[0]
     repeat = heads // groups
     q_pairs, k_pairs = to_pairs(query), to_pairs(key)
-    q_moment, k_moment = query_moment.to(torch.complex128), key_moment.to(torch.complex128)
     rest = k_pairs.clone()
     q_rope, k_rope = [], []
     for pair in chosen:
         q_rows, k_rows = q_pairs[:, pair], k_pairs[:, pair]  # (H, I), (G, I)
         # An error in a key matters as much as the queries that look at it.
-        energy = ((q_rows @ q_moment) * q_rows.conj()).real.sum(1).view(groups, repeat).sum(1)
+        energy = (_apply(q_rows, query_moment) * q_rows.conj()).real.sum(1)
+        energy = energy.view(groups, repeat).sum(1)
         weight = energy.clamp_min(1e-30).sqrt()[:, None]
         weighted = weight * k_rows
-        direction = torch.linalg.eigh(weighted @ k_moment @ weighted.mH)[1][:, -1:]  # (G, 1)
+        direction = torch.linalg.eigh(_apply(weighted, key_moment) @ weighted.mH)[1][
+            :, -1:
+        ]  # (G, 1)
         shared = (direction.conj() * weighted).sum(0)
         share = direction / weight
         rest[:, pair] = k_rows - share * shared

@@ -1,13 +1,12 @@
 """Where weights come from: one tensor at a time, whatever the container.
 
-A store never holds more than it is asked for. Safetensors files are memory-mapped, and at most two
-are open at once, so that the mapped pages of a long checkpoint do not add up.
+A store never holds more than it is asked for. Safetensors files are memory-mapped, and one is open
+at a time, so that the mapped pages of a long checkpoint do not add up.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,6 @@ _DTYPE_OF = {
     "I64": torch.int64,
     "BOOL": torch.bool,
 }
-_OPEN_FILES = 2
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -65,6 +63,32 @@ class TensorStore(Protocol):
         """Release files."""
 
 
+def not_finite(name: str) -> AttnEditError:
+    """The refusal of a tensor with NaN or Inf."""
+    fix = "download the teacher again or repair this tensor"
+    return AttnEditError(name, "NaN or Inf weights", fix)
+
+
+def load_finite(store: TensorStore, name: str) -> Tensor:
+    """A tensor that something is computed from, so that NaN is blamed on it and not on the result.
+
+    Raises:
+        AttnEditError: if it has NaN or Inf.
+    """
+    tensor = store.load(name)
+    if not is_finite(tensor):
+        raise not_finite(name)
+    return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or Inf."""
+    # A sum that is finite has no such term and needs no mask of the tensor's size; one that is not
+    # may have overflowed, hence the second look.
+    total = tensor.sum(dtype=torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
 def _damaged(file: Path, error: object) -> AttnEditError:
     return AttnEditError(file.name, error, "download the file again, it is truncated or damaged")
 
@@ -82,7 +106,7 @@ class SafetensorsStore:
 
     def __init__(self, folder: Path, file: str | None = None) -> None:
         self.folder = folder
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._open: tuple[str, Any] | None = None
         where = {"": file} if file is not None else _weight_map(folder)
         files = sorted(set(where.values()))
         held: dict[str, TensorInfo] = {}
@@ -107,16 +131,14 @@ class SafetensorsStore:
         return infos
 
     def _handle(self, file: str) -> Any:
-        if file in self._open:
-            self._open.move_to_end(file)
-            return self._open[file]
-        while len(self._open) >= _OPEN_FILES:
-            self._open.popitem(last=False)
+        if self._open is not None and self._open[0] == file:
+            return self._open[1]
+        self._open = None  # unmapped before the next one is mapped
         try:
             handle = safe_open(self.folder / file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise _damaged(self.folder / file, error) from error
-        self._open[file] = handle
+        self._open = (file, handle)
         return handle
 
     def _file_of(self, name: str) -> str:
@@ -140,7 +162,7 @@ class SafetensorsStore:
         return dict(self._handle(self._files[0]).metadata() or {})
 
     def close(self) -> None:
-        self._open.clear()
+        self._open = None
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

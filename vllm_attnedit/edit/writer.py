@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_attnedit.edit.store import INDEX_FILE, SINGLE_FILE
+from vllm_attnedit.edit.store import INDEX_FILE, SINGLE_FILE, is_finite, not_finite
 from vllm_attnedit.errors import AttnEditError
 
 _CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -78,16 +78,12 @@ class ShardWriter:
         if tuple(tensor.shape) != planned.shape:
             raise ValueError(f"{name}: planned as {planned.shape}, made as {tuple(tensor.shape)}")
         cast = tensor.detach().to(planned.dtype).contiguous()
-        # A sum is finite only if no element is NaN or Inf, and needs no mask of the tensor's size;
-        # it may also overflow, hence the second look.
-        if not torch.isfinite(cast.sum(dtype=torch.float32)) and not torch.isfinite(cast).all():
-            if torch.isfinite(tensor).all():
-                dtype = str(planned.dtype).removeprefix("torch.")
-                fix = f"use --dtype bfloat16: {name} has values beyond its range"
-                raise AttnEditError("--dtype", dtype, fix)
-            raise AttnEditError(
-                name, "NaN or Inf weights", "download the teacher again or repair this tensor"
-            )
+        if not is_finite(cast):
+            if not is_finite(tensor):
+                raise not_finite(name)
+            dtype = str(planned.dtype).removeprefix("torch.")
+            fix = f"use --dtype bfloat16: {name} has values beyond its range"
+            raise AttnEditError("--dtype", dtype, fix)
         # As raw bytes: numpy knows no bfloat16.
         data: Any = cast.flatten().view(torch.uint8).numpy()
         _write_all(self._fd, memoryview(data), self._start + self._offset[name])
