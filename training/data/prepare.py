@@ -84,10 +84,11 @@ def _write(
                 if len(ids) >= left:
                     break
             tokens = writer.tokens - before
+            if not tokens:
+                fix = "leave it out, or look at its column: it holds no text"
+                raise AttnEditError(f"{field}.path", source.path, fix)
             counts.append({"tokens": tokens, "documents": len(writer.offsets) - documents})
             say(f"{field} ({source.kind} {source.path}): {tokens:,} tokens")
-        if not writer.tokens:
-            raise AttnEditError("data.sources", "no tokens", "give sources that hold text")
         about = [place | count for place, count in zip(described, counts)]
         writer.close(tokenizer=tokenizer_hash(tokenizer), request=request, sources=about)
 

@@ -123,6 +123,14 @@ def test_long_texts_are_cut_into_blocks_without_losing_a_character(tmp_path, mon
     assert reader.manifest["documents"] == 1
 
 
+def test_a_source_without_text_is_refused(tmp_path):
+    (tmp_path / "t.txt").write_text(" \n\n ")
+    data = DataConfig(sources=[source("text", tmp_path / "t.txt")])
+    with pytest.raises(AttnEditError, match=r"data\.sources\.0\.path.*no text"):
+        prepare_shards(data, tmp_path / "shards", tiny_tokenizer())
+    assert not (tmp_path / "shards").exists()
+
+
 def test_max_tokens_stops_a_source(tmp_path):
     text = write_text(tmp_path / "t.txt", 400)
     data = DataConfig(sources=[source("text", text, separator="\n\n", max_tokens=100)])
