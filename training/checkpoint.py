@@ -21,6 +21,7 @@ from training.optim import moments, restore_moments
 from training.options import flatten
 from training.parallel import Devices, fill, whole
 from training.parts import PartsReader, write_parts
+from training.resuming import check_continuation
 from training.stage import Stage
 from vllm_attnedit.errors import AttnEditError
 
@@ -28,15 +29,6 @@ STATE = "state.json"
 GENERATORS = "generator/"
 """Start of the names of random generators' states, which lie beside the weights."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Where things are and how they are computed may change between two parts of a run; what is computed
-# may not. The data itself is compared by its hash.
-_FREE = (
-    "teacher", "student", "output", "data.sources", "data.shards", "run.device", "run.attention",
-    "run.compile", "run.gradient_checkpointing", "run.sharding", "run.minutes", "run.deterministic",
-    "optim.micro_batch", "stage2.chunk_tokens", "stage2.cache", "stage1.split",
-    "checkpoint.", "log.", "generate.", "evaluate.", "choose.",
-)  # fmt: skip
-_OF_STAGE = {"stage1": "stage2.", "stage2": "stage1."}
 
 
 @dataclass(frozen=True)
@@ -174,7 +166,7 @@ class Checkpoints:
         if path is None:
             return Resumed()
         state = read_state(path)
-        self._compare(state, stage.name)
+        check_continuation(state, self._config, stage.name, self._data_hash)
         weights, running = PartsReader(path, "weights-"), PartsReader(path, "optimizer-")
         have_moments = next(iter(running), None) is not None
         for name, parameter in stage.trained.items():
@@ -211,22 +203,6 @@ class Checkpoints:
             fix = "give auto, never or the folder of a checkpoint (with its state.json)"
             raise AttnEditError("checkpoint.resume", requested, fix)
         return path
-
-    def _compare(self, state: dict[str, Any], stage: str) -> None:
-        if state["stage"] != stage:
-            fix = (
-                "name another output folder: a stage starts from an edited model, not a checkpoint"
-            )
-            raise AttnEditError("output", f"holds checkpoints of {state['stage']}", fix)
-        if state["data_hash"] != self._data_hash:
-            fix = "resume with the data that the run began with, or name another output folder"
-            raise AttnEditError("data", f"hash {self._data_hash[:12]}", fix)
-        before = state["config"]
-        for name, value in flatten(self._config).items():
-            if name.startswith((*_FREE, _OF_STAGE[stage])) or before.get(name, value) == value:
-                continue
-            fix = f"the run began with {before[name]}: set it back or name another output folder"
-            raise AttnEditError(name, value, fix)
 
     def _restore_generators(self, generators: PartsReader) -> None:
         rank = self._devices.rank

@@ -25,6 +25,11 @@ COMMANDS = {
 }
 
 
+def _quieten() -> None:
+    """One progress line is enough: no bars of the libraries below."""
+    import_module("transformers.utils.logging").disable_progress_bar()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; bad input is one line on stderr and status 2."""
     parser = argparse.ArgumentParser(
@@ -45,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         config = load_config(chosen.config, overrides)
+        _quieten()
         module, _, function = COMMANDS[chosen.command][1].partition(":")
         command_function: Callable[..., None] = getattr(import_module(module), function)
         command_function(config)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-METRICS = "metrics.jsonl"
+from training.files import write_json
+
+METRICS, SPEED = "metrics.jsonl", "speed.json"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -60,9 +62,11 @@ class Progress:
         say: Callable[[str], None] = print,
     ) -> None:
         self._steps, self._step_tokens, self._every, self._peak = steps, step_tokens, every, peak
-        self._say, self._last_step = say, first
+        self._say, self._first, self._last_step = say, first, first
         self._last_time = self._began = time.monotonic()
         self._flops = 0.0
+        self._folder = folder
+        self._total = {"tokens": 0.0, "seconds": 0.0, "flops": 0.0}
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
@@ -98,6 +102,11 @@ class Progress:
         if self._peak:
             self.mfu = self._flops / seconds / self._peak
             speed += f", MFU {100 * self.mfu:.1f}%"
+        if self._last_step > self._first:
+            # The first line's time is the compiler's.
+            taken = (step - self._last_step) * self._step_tokens
+            for name, amount in (("tokens", taken), ("seconds", seconds), ("flops", self._flops)):
+                self._total[name] += amount
         left = (self._steps - step) * seconds / max(1, step - self._last_step)
         extra = "".join(
             f", {name} {value:.4f}"
@@ -111,13 +120,21 @@ class Progress:
         if self._board is not None:
             scalars = {k: v for k, v in row.items() if isinstance(v, float)}
             scalars |= {f"layers/{i}": v for i, v in row.get("layers", {}).items()}
-            for name, value in {**scalars, "tokens_per_second": self.tokens_per_second}.items():
+            scalars |= {"tokens_per_second": self.tokens_per_second}
+            scalars |= {"mfu": self.mfu} if self.mfu is not None else {}
+            for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
         self._last_step, self._last_time, self._flops = step, now, 0.0
 
     def close(self) -> None:
-        """Close files."""
+        """Close files, and note how fast this part of the run was."""
         self._file.close()
+        if self._total["seconds"]:
+            rate = self._total["tokens"] / self._total["seconds"]
+            speed = {**self._total, "tokens_per_second": rate, "peak_flops": self._peak}
+            if self._peak:
+                speed["mfu"] = self._total["flops"] / self._total["seconds"] / self._peak
+            write_json(self._folder / SPEED, speed)
         if self._board is not None:
             self._board.close()
 

@@ -9,6 +9,7 @@ harness; nothing of the scoring is done here.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,6 +130,7 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     local = local_tasks(folder, names)
     with tempfile.TemporaryDirectory() as descriptions:
         for name, file in local.items():

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit.training.small import make_pair, small_config
 from training.checkpoint import find_checkpoints
+from training.export import export
 from training.parts import PartsReader
 from training.runs import train
 from vllm_attnedit.config import AttnEditConfig
@@ -69,6 +70,19 @@ def test_an_edit_alone_gives_back_the_model(tmp_path, pair, text):
     assert train(config, "stage2").finished
     assert (tmp_path / "next" / "edit.safetensors").is_file()
     assert not (tmp_path / "next" / "model").exists()
+
+
+def test_a_newer_export_takes_the_place_of_an_older_one(tmp_path, pair, text):
+    config = small_config(tmp_path / "run", *pair, text)
+    train(config, "stage1")
+    model = tmp_path / "run" / "model"
+    last = logits(model)
+    earlier, latest = find_checkpoints(tmp_path / "run" / "checkpoints")
+    export(config, earlier)
+    assert not torch.equal(logits(model), last)
+    export(config, latest)
+    assert torch.equal(logits(model), last)
+    assert {path.name for path in model.parent.iterdir() if path.name.startswith(".")} == set()
 
 
 def test_stages_add_up(tmp_path, pair, text):
