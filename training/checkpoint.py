@@ -28,7 +28,7 @@ from vllm_attnedit.errors import AttnEditError
 STATE = "state.json"
 GENERATORS = "generator/"
 """Start of the names of random generators' states, which lie beside the weights."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,14 @@ class Checkpoints:
             for name, parameter in stage.trained.items():
                 value = whole(parameter)  # every process gathers, whoever writes
                 if writes:
-                    yield name, value.to(_DTYPES[how.weights])
+                    yield name, value.to(DTYPES[how.weights])
 
         def states() -> Iterator[tuple[str, Tensor]]:
             for name, parameter in stage.trained.items():
                 for moment, value in moments(optimizer, parameter).items():
                     gathered = whole(value)
                     if writes:
-                        yield f"{name}/{moment}", gathered.to(_DTYPES[how.optimizer])
+                        yield f"{name}/{moment}", gathered.to(DTYPES[how.optimizer])
 
         write_parts(folder, f"weights-{rank}", weights(), limit)
         if how.optimizer != "none":

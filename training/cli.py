@@ -16,6 +16,7 @@ COMMANDS = {
     "stage1": ("layer-wise teacher forcing", "training.commands:stage1"),
     "stage2": ("model-level distillation", "training.commands:stage2"),
     "export": ("write the model of the newest checkpoint", "training.commands:export_newest"),
+    "repack": ("rewrite the newest checkpoint in small files", "training.commands:repack_newest"),
     "evaluate": (
         "measure teacher, student and baselines side by side",
         "training.commands:evaluate",

@@ -9,6 +9,7 @@ from training.data import prepare_shards
 from training.export import export, newest_checkpoint
 from training.models import load_tokenizer, unpack_student
 from training.progress import say
+from training.repack import repack
 from training.runs import train
 
 
@@ -35,6 +36,11 @@ def export_newest(config: Config) -> None:
     config.student = unpack_student(config.teacher, config.student, Path(config.output))
     for path in export(config, newest_checkpoint(config)):
         say(f"wrote {path}")
+
+
+def repack_newest(config: Config) -> None:
+    """Rewrite the newest checkpoint as ``checkpoint.*`` asks for."""
+    say(f"wrote {repack(config, newest_checkpoint(config))}")
 
 
 def evaluate(config: Config) -> None:

@@ -17,6 +17,7 @@ from training import loop, parts
 from training.checkpoint import find_checkpoints, read_state
 from training.parts import PartsReader, write_parts
 from training.progress import read_metrics, rewind_metrics
+from training.repack import repack
 from training.runs import train
 from vllm_attnedit.errors import AttnEditError
 
@@ -147,6 +148,34 @@ def test_compact_states_travel_and_go_on(tmp_path, pair, text, weights_as, optim
     # The state was rounded, not lost: the loss goes on from where it was.
     assert rows[0]["loss"] == pytest.approx(expected[1]["loss"], rel=5e-3)
     assert rows[-1]["loss"] < expected[0]["loss"]
+
+
+def test_a_full_checkpoint_is_repacked_for_travel(tmp_path, pair, text):
+    run(tmp_path / "first", pair, text, "stage2", run={"minutes": 1e-9})
+    (full,) = find_checkpoints(tmp_path / "first" / "checkpoints")
+    before, state = PartsReader(full), read_state(full)
+
+    def packed(**how):
+        config = small_config(tmp_path / "first", *pair, text, checkpoint=how)
+        return repack(config, full)
+
+    folder = packed(weights="bf16", optimizer="none", parts_mb=0.25)
+    assert read_state(folder) == state
+    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    assert max(sizes) <= 1 << 18
+    assert sum(sizes) < 0.2 * sum(file.stat().st_size for file in full.glob("*.safetensors"))
+    after = PartsReader(folder)
+    for name in after:
+        expected = before.load(name)
+        if expected.dtype == torch.float32:
+            expected = expected.bfloat16()
+        assert torch.equal(after.load(name), expected)
+    # Without rounding, nothing is lost: the run goes on bit for bit.
+    folder = packed(parts_mb=0.25)
+    options = {"resume": str(folder), "every_steps": 100}
+    run(tmp_path / "second", pair, text, "stage2", checkpoint=options)
+    run(tmp_path / "whole", pair, text, "stage2")
+    assert read_metrics(tmp_path / "second") == read_metrics(tmp_path / "whole")[1:]
 
 
 def test_lost_moments_warm_up_again(tmp_path, pair, text):
