@@ -75,6 +75,9 @@ class GgufStore:
             fix = f"use a teacher of a supported family ({', '.join(ARCHITECTURES)})"
             raise AttnEditError("general.architecture", architecture, fix)
         self._architecture = str(architecture)
+        # The reader keeps an array object for every token and merge: a gigabyte for 150K tokens.
+        for key in [k for k in self._reader.fields if k.startswith("tokenizer.")]:
+            del self._reader.fields[key]
         # Each tensor, and which expert of it; None for a tensor that is not a stack of experts.
         self._where: dict[str, tuple[ReaderTensor, int | None]] = {}
         infos: dict[str, TensorInfo] = {}

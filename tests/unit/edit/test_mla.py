@@ -115,6 +115,24 @@ def _shift_embeddings(folder, by: float) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def test_norms_of_queries_and_keys_are_replaced_by_their_average(tmp_path):
+    """Large heads and norm weights of all sizes: without either, scores would be far off."""
+    teacher = tiny_teacher("qwen3", tmp_path / "t", num_key_value_heads=1, attention_bias=True)
+    tensors = load_file(teacher / "model.safetensors")
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    for name in tensors:
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            tensors[name] = torch.linspace(0.0, 1.5, 32)[order]
+        elif name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensors[name] *= 4
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    ids = tokens(64)
+    expected = logits(load(teacher), ids)
+    plan = EditPlan(target="mla", kv_lora_rank=64, qk_rope_head_dim=32)
+    edit_checkpoint(teacher, tmp_path / "out", plan, calibration=calibration())
+    assert divergence(expected, logits(load(tmp_path / "out"), ids)) < 0.1
+
+
 def test_provenance_tells_what_was_kept_and_on_what_text(teacher_of, tmp_path):
     text = calibration(512)
     report = edit_checkpoint(

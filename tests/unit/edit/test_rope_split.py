@@ -58,16 +58,24 @@ def test_one_kv_head_at_full_width_scores_exactly(distance):
         assert score == pytest.approx(float(expected), abs=1e-9)
 
 
-def test_at_distance_zero_nothing_is_lost():
-    """With a turn of one, rotated and unrotated parts add up to the teacher's scores of d = 0."""
+@pytest.mark.parametrize("distance", [0, 3, 40])
+def test_at_the_distance_of_the_turn_nothing_is_lost(distance):
+    """Rotated and unrotated parts add up to the teacher's score where the turn is no mean."""
     query, key = random(HEADS, WIDTH, INPUTS), random(GROUPS, WIDTH, INPUTS, seed=1)
-    ones = torch.ones(HEADS, WIDTH // 2, dtype=torch.complex128)
-    result = split(query, key, [0, 2], ones)
+    turn = torch.exp(-1j * distance * FREQUENCIES).expand(HEADS, -1)
+    result = split(query, key, [0, 2], turn)
+    x, y = random(INPUTS, seed=2), random(INPUTS, seed=3)
+    chosen = FREQUENCIES[[0, 2]]
     for head in range(HEADS):
         group = head * GROUPS // HEADS
-        rotated = result.q_rope[head].T @ result.k_rope
-        plain = result.q_nope[head].T @ result.k_nope[group]
-        assert torch.allclose(rotated + plain, query[head].T @ key[group], atol=1e-9)
+        expected = rotate(query[head] @ x, 5 + distance, FREQUENCIES) @ rotate(
+            key[group] @ y, 5, FREQUENCIES
+        )
+        rotated = rotate(result.q_rope[head] @ x, 5 + distance, chosen) @ rotate(
+            result.k_rope @ y, 5, chosen
+        )
+        plain = (result.q_nope[head] @ x) @ (result.k_nope[group] @ y)
+        assert float(rotated + plain) == pytest.approx(float(expected), abs=1e-9)
 
 
 def test_heads_that_are_rotations_of_one_another_share_a_key_exactly():

@@ -78,15 +78,20 @@ def test_tokenizer_template_and_generation_config_come_along(tmp_path):
     assert text == "<|im_start|>user\nhi<|im_end|>\n"
 
 
-def test_output_mirrors_the_shards_and_keeps_a_layer_together(teacher_of, tmp_path):
-    edit_checkpoint(teacher_of("qwen3"), tmp_path / "out", PLAN)
+def test_output_mirrors_the_shards_and_keeps_a_layer_together(tmp_path):
+    teacher = tiny_teacher("qwen3", tmp_path / "t", max_shard_size="200KB")
+    edit_checkpoint(teacher, tmp_path / "out", PLAN)
     maps = []
-    for folder in (teacher_of("qwen3"), tmp_path / "out"):
+    for folder in (teacher, tmp_path / "out"):
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         maps.append(index["weight_map"])
         stored = {n: file for file in set(maps[-1].values()) for n in load_file(folder / file)}
         assert stored == maps[-1]
     before, after = maps
+    attention = "model.layers.{}.self_attn.{}_proj.weight"
+    assert any(
+        before[attention.format(i, "o")] != before[attention.format(i, "q")] for i in range(4)
+    )
     assert set(before.values()) == set(after.values())
     for name, file in after.items():
         if ".self_attn." in name:
