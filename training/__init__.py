@@ -7,8 +7,8 @@ Map of the package, in the order in which a run uses it:
 - ``attention`` (document masks, fast kernels), ``models`` (teacher and student), ``parallel``
   (devices)
 - ``layerwise`` (Stage 1), ``kl``, ``targets``, ``distill`` (Stage 2), ``optim``
-- ``loop`` (steps, signals, limits), ``checkpoint``, ``resuming``, ``parts``, ``export``, ``repack``,
-  ``progress``, ``curves``
+- ``loop`` (steps, signals, limits), ``checkpoint``, ``resuming``, ``parts``, ``export``,
+  ``repack``, ``progress``, ``curves``
 - ``evaluation/``, ``layer_choice``, ``generate``
 
 It runs the reference model of ``vllm_attnedit.hf`` and never imports vLLM; ``generate`` starts

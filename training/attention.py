@@ -81,6 +81,8 @@ def build_masks(batch: Batch, form: str, window: int | None) -> dict[str, Mask]:
             layers.
     """
     if form == "varlen":
+        # Compiled once for any number of documents, not once for the first and once for all others.
+        torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
         ends = DocumentEnds(batch.cu_seqlens, batch.max_length)
         # The window travels with the layer, so both kinds share the ends.
         return {FULL: ends, SLIDING: ends}

@@ -31,7 +31,8 @@ class Batch:
         documents: (B, T) int32; counted from 0 in each sequence.
         cu_seqlens: (D + 1,) int32, ends of the documents in the flattened batch, starting with 0;
             padded with empty documents at the end.
-        max_length: of a document, rounded up to a power of two.
+        max_length: no document is longer: T. The longest one's length would change from batch to
+            batch, and compiled code with it.
         loss_index: (N,) int64, flattened positions that the loss looks at; ``None`` for all.
         loss_weight: (N,) float32, 1 where the *next* token is learned, 0 elsewhere.
         loss_tokens: positions that count.
@@ -103,7 +104,6 @@ def make_batch(
     index, weight = _loss_positions(counts.ravel(), chunk)
 
     bounds = np.append(np.flatnonzero(starts), rows * length)
-    longest = int(np.diff(bounds).max())
     ends = np.full(-(-len(bounds) // _PADDED) * _PADDED, rows * length, dtype=np.int32)
     ends[: len(bounds)] = bounds
     return Batch(
@@ -111,7 +111,7 @@ def make_batch(
         position_ids=torch.from_numpy(positions),
         documents=torch.from_numpy(documents),
         cu_seqlens=torch.from_numpy(ends),
-        max_length=max(128, 1 << (longest - 1).bit_length()),
+        max_length=length,
         loss_index=None if index is None else torch.from_numpy(index),
         loss_weight=torch.from_numpy(weight),
         loss_tokens=int(counts.sum()),

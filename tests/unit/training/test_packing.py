@@ -97,7 +97,7 @@ def test_positions_restart_and_ends_mark_documents():
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
     assert batch.cu_seqlens[:5].tolist() == [0, 3, 5, 6, 12]
     assert set(batch.cu_seqlens[5:].tolist()) == {12}
-    assert batch.max_length == 128
+    assert batch.max_length == 6
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5])
