@@ -74,7 +74,8 @@ def command(
     kv_lora_rank: Annotated[
         int | None,
         typer.Option(
-            **_INTEGER, help=_DIM.format("width of the cached latent", "half of K and V together")
+            **_INTEGER,
+            help=_DIM.format("width of the cached latent", "half of K and V, at most 4 heads"),
         ),
     ] = None,
     qk_rope_head_dim: Annotated[

@@ -51,6 +51,12 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise AttnEditError("--calibration-tokens", self.tokens, "give an integer >= 1")
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA was compiled in
+            reason = str(error).splitlines()[0]
+            fix = f"use cpu, or a device that torch has here ({reason})"
+            raise AttnEditError("--calibration-device", self.device, fix) from error
 
     @classmethod
     def from_file(

@@ -194,5 +194,8 @@ def _no_safetensors(folder: Path) -> AttnEditError:
                 "so it is never opened here"
             )
             return AttnEditError("pickle checkpoint", file.name, fix)
-    fix = f"give a folder with {SINGLE_FILE} or {INDEX_FILE}, a hub id or a .gguf file"
+    fix = (
+        f"give a model with {SINGLE_FILE} or {INDEX_FILE}, or a .gguf file; "
+        "pickle weights are not read, they can run any code"
+    )
     return AttnEditError("TEACHER", folder, fix)

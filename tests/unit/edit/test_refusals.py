@@ -131,6 +131,8 @@ def test_pickle_checkpoint(refused, tmp_path, teacher):
         (("--target", "mla", "--window", "8"), "--window: 8: leave it out or use --target gateswa"),
         (("--target", "mla", "--calibration", "no.txt"), "--calibration: no.txt: give a UTF-8"),
         (("--target", "mla", "--calibration-tokens", "0"), "--calibration-tokens: 0: give an int"),
+        (("--target", "mla", "--calibration-device", "warp"), "--calibration-device: warp: use"),
+        (("--target", "mla", "--calibration-device", "cuda:99"), "--calibration-device: cuda:99:"),
         (("--revision", "main"), "--revision: main: leave it out: the teacher is a local path"),
         (("--from-edit", "no.file"), "--from-edit: no.file: no such file"),
         (("--wat",), "No such option: --wat"),
@@ -201,7 +203,7 @@ def test_a_folder_without_a_model(refused, tmp_path, teacher):
     assert "no config.json there" in refused(tmp_path / "empty")
     for file in teacher.glob("model*"):
         file.unlink()
-    assert "give a folder with model.safetensors" in refused(teacher)
+    assert "give a model with model.safetensors" in refused(teacher)
     (teacher / "config.json").write_text("{")
     assert "config.json" in refused(teacher)
 
