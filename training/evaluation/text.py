@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from training.evaluation.intervals import Estimate, exponential, mean_of
-from training.kl import divergence
+from training.kl import divergence, logits_of
 from vllm_attnedit.hf import AttnEditForCausalLM
 
 _CHUNK = 2048
@@ -47,7 +47,7 @@ def window_losses(model: AttnEditForCausalLM, ids: Tensor, tokens: int = 1 << 15
         hidden = _hidden(model, on_device)
         for states, wanted in zip(hidden, on_device[:, 1:]):
             parts = [
-                functional.cross_entropy((h @ head.t()).float(), w, reduction="sum")
+                functional.cross_entropy(logits_of(h, head, fp32=True), w, reduction="sum")
                 for h, w in zip(states.split(_CHUNK), wanted.split(_CHUNK))
             ]
             found.append(torch.stack(parts).sum().item() / len(wanted))
@@ -76,8 +76,8 @@ def agreement(
         for mine, theirs in zip(_hidden(model, on_device), _hidden(teacher, on_device)):
             hits, total = 0.0, 0.0
             for a, b in zip(mine.split(_CHUNK), theirs.split(_CHUNK)):
-                student = (a @ model.lm_head.weight.t()).float()
-                target = (b @ teacher.lm_head.weight.t()).float()
+                student = logits_of(a, model.lm_head.weight, fp32=True)
+                target = logits_of(b, teacher.lm_head.weight, fp32=True)
                 hits += (student.argmax(-1) == target.argmax(-1)).sum().item()
                 total += divergence(student, target).sum().item()
             same.append(hits / len(mine))
