@@ -44,9 +44,10 @@ def apply_gate(attn: Tensor, logits: Tensor) -> Tensor:
     return (attn.float() * gate).to(attn.dtype)
 
 
-def attention_function(config: AttnEditConfig) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """transformers' implementation that ``attn_implementation`` names (eager, sdpa, ...)."""
-    eager = family_module(config).eager_attention_forward
+def attention_function(
+    config: AttnEditConfig, eager: Callable[..., Any]
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """transformers' implementation that ``attn_implementation`` names (sdpa, ...), or ``eager``."""
     function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
         config._attn_implementation, eager
     )
@@ -79,7 +80,9 @@ class EditedAttention(nn.Module):
             if config.gate_size
             else None
         )
+        # Looked up once: an import while the model runs would break torch.compile's graph.
         self._apply_rope = family_module(config).apply_rotary_pos_emb
+        self._eager = family_module(config).eager_attention_forward
 
     def attend(
         self,
@@ -94,7 +97,7 @@ class EditedAttention(nn.Module):
 
         Returns (B, T, E), and the attention weights (B, N, T, S) from the eager implementation.
         """
-        attn, weights = attention_function(self.config)(
+        attn, weights = attention_function(self.config, self._eager)(
             self,
             query,
             key,
