@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from vllm_attnedit.config import FULL, LATENT, SLIDING, AttentionEdit, AttnEditConfig
+from vllm_attnedit.config import AttentionEdit, AttnEditConfig
+from vllm_attnedit.edit.patterns import EditPlan, build_edit
 
 _QWEN3 = {
     "vocab_size": 151_936,
@@ -55,17 +57,8 @@ TEACHERS: dict[str, dict[str, Any]] = {
 
 def edit_for(teacher: dict[str, Any], target: str, window: int = 128) -> AttentionEdit:
     """The default edit of a teacher: every sixth layer full, or latents of 512 + 64."""
-    layers = teacher["num_hidden_layers"]
-    if target == "gateswa":
-        types = tuple(FULL if i % 6 == 5 else SLIDING for i in range(layers))
-        return AttentionEdit(layer_types=types, sliding_window=window, gate="headwise")
-    return AttentionEdit(
-        layer_types=(LATENT,) * layers,
-        kv_lora_rank=512,
-        qk_rope_head_dim=64,
-        qk_nope_head_dim=teacher["head_dim"],
-        v_head_dim=teacher["head_dim"],
-    )
+    plan = EditPlan(target=target, window=window if target == "gateswa" else None)
+    return build_edit(plan, SimpleNamespace(**teacher))
 
 
 def write_model(name: str, target: str, folder: Path, window: int = 128) -> Path:

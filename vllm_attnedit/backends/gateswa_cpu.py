@@ -26,7 +26,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_attnedit.backends.gateswa_triton import decode_query_len
+from vllm_attnedit.backends.steps import decode_query_len
 from vllm_attnedit.ops.sigmoid_gate import sigmoid_gate
 
 
@@ -108,11 +108,6 @@ class GateSWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
             max_seq_len=max(lengths),
         )
         return Scratch(used, torch.cat(source), torch.cat(target), super().build(0, as_scratch))
-
-    def update_block_table(
-        self, metadata: GateSWACPUMetadata, blk_table: Tensor, slot_mapping: Tensor
-    ) -> GateSWACPUMetadata:
-        raise NotImplementedError  # each group builds: scratch pages depend on its blocks
 
 
 class GateSWACPUImpl(CPUAttentionBackendImpl):

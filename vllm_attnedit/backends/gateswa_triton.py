@@ -28,6 +28,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_attnedit.backends.steps import decode_query_len
 from vllm_attnedit.ops.gateswa_decode import gateswa_decode
 from vllm_attnedit.ops.gateswa_prefill import gateswa_prefill
 from vllm_attnedit.ops.kv_write import kv_write
@@ -44,12 +45,6 @@ class GateSWAMetadata(AttentionMetadata):
     seq_lens: Tensor  # (R,) int32
     block_table: Tensor  # (R, max_blocks) int32
     slot_mapping: Tensor  # (T,) int64; slots of the null block are not written
-
-
-def decode_query_len(vllm_config: VllmConfig) -> int:
-    """The most tokens a request may have in a step for that step to be a decode."""
-    speculative = vllm_config.speculative_config
-    return 1 + (speculative.num_speculative_tokens if speculative is not None else 0)
 
 
 class GateSWAMetadataBuilder(AttentionMetadataBuilder[GateSWAMetadata]):

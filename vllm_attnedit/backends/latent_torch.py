@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -23,7 +22,6 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec
 
 
 @dataclass
@@ -39,15 +37,6 @@ class LatentTorchMetadata(AttentionMetadata):
 
 class LatentTorchMetadataBuilder(AttentionMetadataBuilder[LatentTorchMetadata]):
     """Copies the batch's layout to the host once a step."""
-
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
         self,

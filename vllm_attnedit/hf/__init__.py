@@ -4,7 +4,7 @@
 # must not find the modules below half imported.
 import transformers.models.auto.modeling_auto  # noqa: F401  isort: skip
 
-from vllm_attnedit.hf.attention import GatedAttention, apply_gate
+from vllm_attnedit.hf.attention import GatedAttention
 from vllm_attnedit.hf.latent import LatentAttention
 from vllm_attnedit.hf.modeling import AttnEditForCausalLM, AttnEditModel, build_layer
 
@@ -13,6 +13,5 @@ __all__ = [
     "AttnEditModel",
     "GatedAttention",
     "LatentAttention",
-    "apply_gate",
     "build_layer",
 ]

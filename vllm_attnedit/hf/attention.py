@@ -10,12 +10,12 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_attnedit.config import SLIDING, AttnEditConfig
+from vllm_attnedit.ops.sigmoid_gate.reference import gated
 
 
 def family_module(config: AttnEditConfig) -> ModuleType:
@@ -28,20 +28,6 @@ def rms_norm(config: AttnEditConfig, width: int) -> nn.Module:
     cls = getattr(family_module(config), f"{config.family.class_prefix}RMSNorm")
     norm: nn.Module = cls(width, eps=config.rms_norm_eps)
     return norm
-
-
-def apply_gate(attn: Tensor, logits: Tensor) -> Tensor:
-    """``attn * sigmoid(logits)``, the product in float32 as the fused kernels form it.
-
-    Args:
-        attn: attention output ``(B, T, N, D)``.
-        logits: ``(B, T, N)`` for one gate a head or ``(B, T, N * D)`` for one an element.
-
-    Returns:
-        ``(B, T, N, D)`` in the dtype of ``attn``.
-    """
-    gate = torch.sigmoid(logits.float()).reshape(*attn.shape[:3], -1)
-    return (attn.float() * gate).to(attn.dtype)
 
 
 def attention_function(
@@ -109,7 +95,7 @@ class EditedAttention(nn.Module):
             **kwargs,
         )  # (B, T, N, D)
         if self.g_proj is not None:
-            attn = apply_gate(attn, self.g_proj(hidden_states))
+            attn = gated(attn, self.g_proj(hidden_states))
         return self.o_proj(attn.flatten(2)), weights
 
 

@@ -151,7 +151,9 @@ class AttnEditModel(AttnEditPreTrainedModel):
         }
 
         hidden_states = inputs_embeds
-        for layer, layer_type in zip(self.layers, self.config.edit.layer_types, strict=True):
+        # As stored: `config.edit` would parse and check it anew at every step.
+        layer_types = self.config.attention_edit["layer_types"]
+        for layer, layer_type in zip(self.layers, layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[SLIDING if layer_type == SLIDING else "full_attention"],

@@ -5,7 +5,6 @@ Shapes: T tokens of the batch, N query heads and K KV heads of this rank, D head
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
@@ -20,6 +19,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_attnedit.config import SLIDING, AttnEditConfig
 from vllm_attnedit.layers.window import WindowAttention, window_backend
+from vllm_attnedit.ops.sigmoid_gate.reference import gated
 
 
 def gate_projection(config: AttnEditConfig, prefix: str) -> ColumnParallelLinear | None:
@@ -34,17 +34,6 @@ def gate_projection(config: AttnEditConfig, prefix: str) -> ColumnParallelLinear
         quant_config=None,
         prefix=f"{prefix}.g_proj",
     )
-
-
-def apply_gate(attn: Tensor, logits: Tensor, num_heads: int) -> Tensor:
-    """``attn * sigmoid(logits)`` with the product in float32.
-
-    Args:
-        attn: ``(T, N * D)``.
-        logits: ``(T, N)`` or ``(T, N * D)``.
-    """
-    gate = torch.sigmoid(logits.float()).unflatten(-1, (num_heads, -1))
-    return (attn.float().unflatten(-1, (num_heads, -1)) * gate).flatten(-2).to(attn.dtype)
 
 
 class GatedAttention(nn.Module):
@@ -117,6 +106,6 @@ class GatedAttention(nn.Module):
         else:
             attn = self.attn(q, k, v)
             if gate is not None:
-                attn = apply_gate(attn, gate, self.num_heads)
+                attn = gated(attn.unflatten(-1, (self.num_heads, -1)), gate).flatten(1)
         output, _ = self.o_proj(attn)
         return output

@@ -31,7 +31,8 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec
 
 from vllm_attnedit.backends.latent_torch import LatentTorchBackend
 from vllm_attnedit.config import AttnEditConfig
-from vllm_attnedit.layers.gated import apply_gate, gate_projection
+from vllm_attnedit.layers.gated import gate_projection
+from vllm_attnedit.ops.sigmoid_gate.reference import gated
 
 
 class LatentUpProjection(nn.Module):
@@ -172,9 +173,9 @@ class LatentAttention(nn.Module):
         )  # (T, N, R + P)
         key = torch.cat([latent, k_pe], dim=-1)  # (T, R + P)
         attn = self.attn(query, key, latent).unflatten(-1, (self.num_heads, -1))  # (T, N, R)
-        output = self.kv_b_proj.expand_value(attn).flatten(-2)
+        output = self.kv_b_proj.expand_value(attn)  # (T, N, V)
         if self.g_proj is not None:
             gate, _ = self.g_proj(hidden_states)
-            output = apply_gate(output, gate, self.num_heads)
-        output, _ = self.o_proj(output)
+            output = gated(output, gate)
+        output, _ = self.o_proj(output.flatten(-2))
         return output

@@ -13,15 +13,14 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
-from vllm_attnedit.backends.gateswa_triton import decode_query_len
+from vllm_attnedit.backends.steps import decode_query_len
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.kv_cache.spec import GateSWASpec
 
 logger = init_logger(__name__)
 
 BACKEND_OPTION = "attnedit_window_backend"
-"""Key of vLLM's ``--additional-config``: ``auto`` (default) or ``stock``, the control of
-benchmarks:
+"""Key of vLLM's ``--additional-config``: ``auto`` (default), or ``stock`` as benchmarks' control:
 vLLM's own window attention and allocation, with the gate applied outside."""
 
 

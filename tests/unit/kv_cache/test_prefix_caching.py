@@ -1,6 +1,5 @@
 """Prefix caching with a fraction of the blocks: hits and hashed blocks against vLLM's own manager,
-on
-the two kinds of traffic that share prefixes."""
+on the two kinds of traffic that share prefixes."""
 
 from __future__ import annotations
 
