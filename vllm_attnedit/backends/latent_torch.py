@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -22,6 +23,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 
 @dataclass
@@ -37,6 +39,15 @@ class LatentTorchMetadata(AttentionMetadata):
 
 class LatentTorchMetadataBuilder(AttentionMetadataBuilder[LatentTorchMetadata]):
     """Copies the batch's layout to the host once a step."""
+
+    def __init__(  # abstract in the base class, though it does all that is needed
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
         self,
