@@ -49,7 +49,7 @@ class GateSWAManager(SlidingWindowManager):
         self.computed_tokens: dict[str, int] = {}
         self.known_to_worker: set[str] = set()
         self.written: dict[str, tuple[Request, int, int | None]] = {}
-        self.tails = RetainedTails(self.sliding_window, self.block_size)
+        self.tails = RetainedTails(self.sliding_window, self.block_size, self.scheduler_block_size)
 
     # The chunk, and what of it is stored
 
@@ -57,16 +57,15 @@ class GateSWAManager(SlidingWindowManager):
         return num_tokens_main_model - computed_tokens > 1 + self.num_speculative_tokens
 
     def _first_needed_block(self, num_tokens: int) -> int:
-        """The first block that somebody may still read once ``num_tokens`` tokens are computed.
-
-        The next query sees ``W - 1`` tokens back, also if the step's drafts are rejected. Another
-        request may resume at the last full block: it needs the window's tail before *that*, up to
-        one block more.
+        """The first block that the request itself may still read once ``num_tokens`` tokens are
+        computed: the next query sees ``W - 1`` tokens back, also if the step's drafts are rejected.
         """
         tokens = max(0, num_tokens - self.num_speculative_tokens)
-        if self.enable_caching:
-            return max(0, tokens // self.block_size - self.tails.tail_blocks)
         return self.get_num_skipped_tokens(tokens) // self.block_size
+
+    def _plenty(self) -> bool:
+        """Whether memory is plentiful. While a step is scheduled it can only cease to be."""
+        return self.block_pool.get_num_free_blocks() * _PLENTY > self.block_pool.num_gpu_blocks
 
     def _null_blocks_ahead(
         self, request_id: str, held: int, num_tokens: int, num_tokens_main_model: int
@@ -132,6 +131,8 @@ class GateSWAManager(SlidingWindowManager):
         if apply_admission_cap or not self._is_chunk(total_computed_tokens, num_tokens_main_model):
             return count
         held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
+        if self.enable_caching:
+            self.tails.plan(request_id, num_tokens_main_model, plenty=self._plenty())
         if request_id not in self.num_cached_block:
             skipped = self.get_num_skipped_tokens(total_computed_tokens) // self.block_size
             held = max(held, skipped)
@@ -168,7 +169,7 @@ class GateSWAManager(SlidingWindowManager):
             return []  # the worker gets its ids with this step: they must be there
         blocks = self.req_to_blocks[request_id]
         end = min(self._first_needed_block(num_tokens_main_model), computed // self.block_size)
-        plenty = self.block_pool.get_num_free_blocks() * _PLENTY > self.block_pool.num_gpu_blocks
+        plenty = self._plenty()
         return [
             i
             for i in range(self.null_below.get(request_id, 0), min(end, len(blocks)))
@@ -207,7 +208,7 @@ class GateSWAManager(SlidingWindowManager):
         self, request: Request, num_tokens: int, retention_interval: int | None = None
     ) -> None:
         """Have the step's full blocks hashed once it is over; keep the prompt's tail."""
-        self.tails.prompt(request.request_id, request.num_prompt_tokens, self.scheduler_block_size)
+        self.tails.prompt(request.request_id, request.num_prompt_tokens)
         self.written[request.request_id] = (request, num_tokens, retention_interval)
 
     def new_step_starts(self) -> None:
@@ -219,6 +220,9 @@ class GateSWAManager(SlidingWindowManager):
     def remove_skipped_blocks(self, request_id: str, total_computed_tokens: int) -> None:
         """Return what left the window. vLLM stops at the first null block; here null blocks and
         real ones alternate, so it would leak."""
+        if self.enable_caching:
+            tokens = max(0, total_computed_tokens - self.num_speculative_tokens)
+            self.block_pool.evict_blocks(self.tails.advance(request_id, tokens))
         self._release(request_id, self._first_needed_block(total_computed_tokens))
 
     def _release(self, request_id: str, end: int) -> None:
@@ -252,8 +256,7 @@ class GateSWAManager(SlidingWindowManager):
         if written is not None and written[0].is_finished():
             super().cache_blocks(*written)
             held = self.req_to_blocks.get(request_id, [])
-            last = next((b for b in reversed(held) if b.block_hash is not None), None)
-            self.block_pool.evict_blocks(self.tails.finish(request_id, last))
+            self.block_pool.evict_blocks(self.tails.finish(request_id, written[1], held))
         super().free(request_id)
         self.null_below.pop(request_id, None)
         self.computed_tokens.pop(request_id, None)

@@ -52,6 +52,7 @@ class ModelEngine:
         *,
         window: int,
         block_size: int = 4,
+        pack: int = 1,
         num_blocks: int = 200,
         max_model_len: int = 400,
         drafts: int = 0,
@@ -64,6 +65,8 @@ class ModelEngine:
         init_none_hash(sha256)
         self.window, self.block_size, self.drafts = window, block_size, drafts
         self.stock = stock
+        # Packed window pages: full layers count in larger blocks, and hits end at those.
+        self.block_sizes = [block_size * pack, block_size, block_size]
         self.check_memory = check_memory  # costs the square of the length
         # One layer a group; layers of different groups share memory, so their order matters.
         self.layer_order = layer_order
@@ -79,14 +82,16 @@ class ModelEngine:
             else GateSWASpec(sliding_window=window, num_speculative_tokens=drafts, **shared)
         )
         groups = [
-            KVCacheGroupSpec(["full"], FullAttentionSpec(**shared)),
+            KVCacheGroupSpec(
+                ["full"], FullAttentionSpec(**shared | {"block_size": self.block_sizes[0]})
+            ),
             KVCacheGroupSpec(["window"], windowed),
             KVCacheGroupSpec(["other window"], windowed),
         ]
         self.manager = KVCacheManager(
             KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
             max_model_len=max_model_len,
-            scheduler_block_size=block_size,
+            scheduler_block_size=block_size * pack,
             hash_block_size=block_size,
             max_num_batched_tokens=max_model_len,
             enable_caching=caching,
@@ -194,8 +199,6 @@ class ModelEngine:
             self.peak_held = max(self.peak_held, own)
             assert own <= blocks_per_request(self.window, size, self.drafts)
         readable_from = computed - self.drafts - (self.window - 1)
-        if self.manager.enable_caching:
-            readable_from -= size - 1  # a later hit may resume at the last full block
         for i in held:
             assert (i + 1) * size > readable_from or i in branch, "held, but nobody can read it"
 
@@ -218,21 +221,23 @@ class ModelEngine:
         written: set[tuple[int, int]] = set()
         for run, computed, new, draft in batch:
             for position in range(computed, computed + new):
-                block = run.tables[group][position // self.block_size]
+                size = self.block_sizes[group]
+                block = run.tables[group][position // size]
                 if block == 0:
                     continue
                 name = run.request.request_id
                 assert writers.setdefault(block, name) == name, "two requests write one block"
-                slot = (block, position % self.block_size)
+                slot = (block, position % size)
                 assert slot not in written, "two tokens go to one slot"
                 written.add(slot)
                 self.memory[slot] = run.content(position, draft)
 
     def _read(self, run: Running, group: int, positions: range, draft: list[int]) -> None:
         for position in positions:
-            block = run.tables[group][position // self.block_size]
+            size = self.block_sizes[group]
+            block = run.tables[group][position // size]
             assert block != 0, f"position {position} is in the null block"
-            found = self.memory.get((block, position % self.block_size))
+            found = self.memory.get((block, position % size))
             assert found == run.content(position, draft), f"position {position} was overwritten"
 
     def _sample(

@@ -31,6 +31,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @initialize(
         window=st.sampled_from([1, 2, 3, 4, 5, 8, 9, 17]),
         drafts=st.sampled_from([0, 0, 2]),
+        pack=st.sampled_from([1, 1, 3]),
         caching=st.booleans(),
         num_blocks=st.sampled_from([60, 120, 250]),
         seed=st.integers(0, 2**16),
@@ -40,6 +41,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self,
         window: int,
         drafts: int,
+        pack: int,
         caching: bool,
         num_blocks: int,
         seed: int,
@@ -49,6 +51,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.engine = ModelEngine(
             window=window,
             drafts=drafts,
+            pack=pack,
             caching=caching,
             num_blocks=num_blocks,
             max_model_len=160,
