@@ -240,6 +240,11 @@ class ChooseConfig:
     window: int = option("of the other layers", 128)
     sequence_length: int = option("tokens of a calibration sequence", 2048)
     sequences: int = option("calibration sequences", 8)
+    sinks: int = option(
+        "first tokens that window layers see besides their window on trial; with 0 the choice "
+        "falls on layers that miss the first token, which training makes up for by itself",
+        0,
+    )
 
 
 @dataclass(kw_only=True)

@@ -76,10 +76,11 @@ class Trial:
         ids: calibration windows (sequences, T).
         window: of the layers that are not full.
         form: of the masks.
+        sinks: first tokens that windows show besides; needs ``sdpa`` masks.
     """
 
-    def __init__(self, teacher: Trunk, ids: Tensor, window: int, form: str) -> None:
-        self._teacher, self._window, self._form = teacher, window, form
+    def __init__(self, teacher: Trunk, ids: Tensor, window: int, form: str, sinks: int = 0) -> None:
+        self._teacher, self._window, self._form, self._sinks = teacher, window, form, sinks
         rows = ids.numpy()
         length = rows.shape[1]
         documents, answers = (
@@ -109,6 +110,11 @@ class Trial:
         for batch in self._batches:
             on_device = batch.to(device)
             masks = build_masks(on_device, self._form, self._window)
+            if self._sinks:
+                full_mask, window_mask = masks[FULL], masks[SLIDING]
+                assert isinstance(full_mask, Tensor) and isinstance(window_mask, Tensor)
+                first = torch.arange(full_mask.shape[-1], device=device) < self._sinks
+                masks[SLIDING] = window_mask | (full_mask & first)
             hidden = self._teacher(on_device, masks)[0, :-1]
             targets = on_device.input_ids[0, 1:]
             for part, wanted in zip(hidden.split(1024), targets.split(1024)):
@@ -141,6 +147,8 @@ def choose_full_layers(
         settings.sequences,
     )
     form = attention.choose(config.run.attention, devices.device, config.run.precision)
+    if settings.sinks:
+        form = "sdpa"  # the only masks that can show a window and a beginning
     loaded = load_teacher(
         config.teacher, dtype=devices.compute_dtype, attention=attention.register()
     )
@@ -149,7 +157,7 @@ def choose_full_layers(
     wanted = count or settings.count or max(1, layers // GROUP)
     if wanted > layers:
         raise AttnEditError("choose.count", wanted, f"the teacher has {layers} layers")
-    trial = Trial(teacher, ids, window or settings.window, form)
+    trial = Trial(teacher, ids, window or settings.window, form, settings.sinks)
     return select(trial, layers, wanted)
 
 

@@ -29,7 +29,7 @@ _POSITIVE = {
 _SHARES = {"optim.warmup", "optim.min_lr_ratio", "optim.beta1", "optim.beta2", "generate.top_p"}
 _NOT_NEGATIVE = {
     "optim.weight_decay", "optim.clip", "stage2.cosine_weight", "stage2.lr_rest", "evaluate.sinks",
-    "generate.temperature", "seed",
+    "generate.temperature", "choose.sinks", "seed",
 }  # fmt: skip
 
 

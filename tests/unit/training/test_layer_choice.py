@@ -82,3 +82,31 @@ def test_bad_input(config, tmp_path):
     config.choose.text = str(tmp_path / "short.txt")
     with pytest.raises(AttnEditError, match="longer text"):
         choose_full_layers(config)
+
+
+def test_sinks_are_seen_on_trial(config):
+    """A window of w with s sinks: what a mask written down position by position says."""
+    config.choose.sinks = 2
+    choice = choose_full_layers(config, count=1)
+    losses = {layer: sinks_loss_by_hand(config, layer, sinks=2) for layer in range(4)}
+    assert choice.history[0][1] == pytest.approx(min(losses.values()), rel=1e-5)
+    assert choice.layers == (min(losses, key=losses.__getitem__),)
+    without = loss_by_hand(config, choice.layers)
+    assert abs(choice.loss - without) > 1e-5
+
+
+def sinks_loss_by_hand(config, full, sinks):
+    model = load_teacher(
+        config.teacher, dtype=torch.float32, edit=window_edit(4, (full,), SETTINGS["window"])
+    )
+    ids = read_windows(config.choose.text, "", load_tokenizer(config.teacher), 96, 3)
+    seen = {
+        kind: torch.tensor(
+            [[j <= i and (i - j < window or j < sinks) for j in range(96)] for i in range(96)]
+        )[None, None]
+        for kind, window in (("full_attention", 96), ("sliding_attention", SETTINGS["window"]))
+    }
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids, attention_mask=seen).last_hidden_state
+        logits = model.lm_head(hidden)[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item()
