@@ -18,11 +18,13 @@ from tests.integration.engine import (
 )
 from tests.unit.tiny import tiny_edit
 from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
+from vllm_attnedit.config import FULL, SLIDING
 from vllm_attnedit.kv_cache.manager import GateSWAManager
 
 pytestmark = pytest.mark.integration
 
 WINDOW = 16
+PACKED = {"additional_config": {"attnedit_window_pages": "packed"}}
 STOCK = {"additional_config": {"attnedit_window_backend": "stock"}}
 
 
@@ -85,3 +87,32 @@ def test_hybrid_manager_off_falls_back(model, folder: Path):
         outputs = generate(llm, prompts)
     for prompt, output in zip(prompts, outputs, strict=True):
         assert_equal(output, reference(model, prompt))
+
+
+def test_packed_pages_give_the_same(model, folder: Path):
+    """One window group, under preemption, with chunks, and on a hit of a shared prefix."""
+    prompts = random_prompts([*[20] * 7, 120])
+    with engine(folder, num_gpu_blocks_override=22, max_model_len=200, **PACKED) as llm:
+        assert managers(llm).count(GateSWAManager) == 1 and len(managers(llm)) == 2
+        outputs = generate(llm, prompts)
+        assert metric(llm, "vllm:num_preemptions") > 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_equal(output, reference(model, prompt))
+    shared, a, b = random_prompts([130, 9, 21], seed=1)
+    with engine(folder, **PACKED) as llm:
+        for prompt, least in ((shared + a, 0), (shared + a, 96), (shared + b, 96)):
+            [output] = generate(llm, [prompt])
+            assert output.num_cached_tokens >= least and output.num_cached_tokens % 48 == 0
+            assert_equal(output, reference(model, prompt))
+
+
+def test_packing_falls_back_where_layers_do_not_divide(tmp_path: Path):
+    types = (SLIDING, FULL, SLIDING, SLIDING, FULL)
+    edit = tiny_edit("gateswa", window=WINDOW, layers=5, layer_types=types)
+    uneven = tiny_edited("llama", edit, num_hidden_layers=5)
+    prompts = random_prompts([5, 100])
+    with engine(tiny_edited_checkpoint(uneven, tmp_path), **PACKED) as llm:
+        assert managers(llm).count(GateSWAManager) >= 2
+        outputs = generate(llm, prompts)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_equal(output, reference(uneven, prompt))

@@ -12,6 +12,7 @@ Shapes: T tokens, R requests, N query heads, K KV heads, D head width, B block s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +114,13 @@ class GateSWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
 class GateSWACPUImpl(CPUAttentionBackendImpl):
     """Windowed attention of one layer; the gate arrives as ``output_scale``."""
 
+    def __init__(self, *arguments: Any, first_kv_head: int = 0, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # In pages shared by several layers, this one's slice of the heads. vLLM takes layers that
+        # share pages for layers that share keys and values, and would not write them.
+        self.kv_heads = slice(first_kv_head, first_kv_head + self.num_kv_heads)
+        self.kv_sharing_target_layer_name = None
+
     def forward(
         self,
         layer: torch.nn.Module,
@@ -131,12 +139,13 @@ class GateSWACPUImpl(CPUAttentionBackendImpl):
             query: ``(T, N, D)``, rotated.
             key: ``(T, K, D)``, rotated.
             value: ``(T, K, D)``.
-            kv_cache: ``(blocks, K, B, 2 * D)``.
+            kv_cache: ``(blocks, K, B, 2 * D)``; of packed pages, all layers' heads.
             output: ``(T, N, D)``, filled in place.
             output_scale: gate logits ``(T, N)`` or ``(T, N * D)``, or ``None``.
         """
         if attn_metadata is None:  # profiling run: no cache yet
             return output.zero_()
+        kv_cache = kv_cache[:, self.kv_heads]
         pages, scratch = attn_metadata.pages, attn_metadata.scratch
         if scratch is None:
             super().forward(layer, query, key, value, kv_cache, pages, output)

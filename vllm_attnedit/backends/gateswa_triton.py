@@ -101,13 +101,15 @@ class GateSWAImpl(AttentionImpl[GateSWAMetadata]):
         sliding_window: int | None = None,
         kv_cache_dtype: str = "auto",
         *unused: Any,
-        **unused_kw: Any,
+        first_kv_head: int = 0,
     ) -> None:
         assert sliding_window is not None and sliding_window >= 1
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale
         self.num_kv_heads = num_kv_heads or num_heads
+        # In pages shared by several layers, this one's slice of the heads.
+        self.kv_heads = slice(first_kv_head, first_kv_head + self.num_kv_heads)
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
         self.fp8_dtype = (
@@ -132,7 +134,8 @@ class GateSWAImpl(AttentionImpl[GateSWAMetadata]):
             query: ``(T, N, D)``, rotated.
             key: ``(T, K, D)``, rotated.
             value: ``(T, K, D)``.
-            kv_cache: ``(blocks, 2, block_size, K, D)``, NHD or HND in memory.
+            kv_cache: ``(blocks, 2, block_size, K, D)``, NHD or HND in memory; of packed pages, all
+                layers' heads.
             output: ``(T, N, D)``, filled in place.
             output_scale: gate logits ``(T, N)`` or ``(T, N * D)``, or ``None``.
         """
@@ -141,7 +144,7 @@ class GateSWAImpl(AttentionImpl[GateSWAMetadata]):
         tokens = attn_metadata.num_actual_tokens
         query, key, value = query[:tokens], key[:tokens], value[:tokens]
         gate = None if output_scale is None else output_scale[:tokens]
-        key_cache, value_cache = kv_cache.unbind(1)
+        key_cache, value_cache = kv_cache[:, :, :, self.kv_heads].unbind(1)
         k_scale: Tensor | None = None
         v_scale: Tensor | None = None
         if self.fp8_dtype is not None:

@@ -5,6 +5,8 @@ Shapes: T tokens of the batch, N query heads and K KV heads of this rank, D head
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
@@ -18,6 +20,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_attnedit.config import SLIDING, AttnEditConfig
+from vllm_attnedit.layers.packing import find_pack
 from vllm_attnedit.layers.window import WindowAttention, window_backend
 from vllm_attnedit.ops.sigmoid_gate.reference import gated
 
@@ -42,7 +45,7 @@ class GatedAttention(nn.Module):
     def __init__(self, vllm_config: VllmConfig, layer_idx: int, prefix: str) -> None:
         super().__init__()
         config: AttnEditConfig = vllm_config.model_config.hf_text_config
-        cache_config, quant_config = vllm_config.cache_config, vllm_config.quant_config
+        quant_config = vllm_config.quant_config
         tp_size = get_tensor_model_parallel_world_size()
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads // tp_size
@@ -77,19 +80,31 @@ class GatedAttention(nn.Module):
             max_position=config.max_position_embeddings,
             rope_parameters=config.rope_parameters,
         )
-        window = config.edit.layer_types[layer_idx] == SLIDING
-        backend = window_backend(vllm_config) if window else None
-        # Full layers, and window layers without a backend of their own, take what vLLM selects.
-        self.attn = (Attention if backend is None else WindowAttention)(
-            self.num_heads,
-            self.head_dim,
-            self.head_dim**-0.5,
-            num_kv_heads=self.num_kv_heads,
-            cache_config=cache_config,
-            quant_config=quant_config,
-            per_layer_sliding_window=config.sliding_window if window else None,
-            prefix=f"{prefix}.attn",
+        self.attn = self._attention(vllm_config, layer_idx, f"{prefix}.attn")
+
+    def _attention(self, vllm_config: VllmConfig, layer_idx: int, prefix: str) -> Attention:
+        """Full layers, and window layers without a backend of their own, take what vLLM selects."""
+        config: AttnEditConfig = vllm_config.model_config.hf_text_config
+        arguments = (self.num_heads, self.head_dim, self.head_dim**-0.5)
+        options: dict[str, Any] = {
+            "num_kv_heads": self.num_kv_heads,
+            "cache_config": vllm_config.cache_config,
+            "quant_config": vllm_config.quant_config,
+            "prefix": prefix,
+        }
+        types = config.edit.layer_types
+        if types[layer_idx] != SLIDING:
+            return Attention(*arguments, **options)
+        options["per_layer_sliding_window"] = config.sliding_window
+        backend = window_backend(vllm_config)
+        if backend is None:
+            return Attention(*arguments, **options)
+        return WindowAttention(
+            *arguments,
+            layer_idx=layer_idx,
+            pack=find_pack(vllm_config, types, layer_idx),
             attn_backend=backend,
+            **options,
         )
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:

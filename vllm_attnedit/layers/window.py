@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
@@ -16,6 +18,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from vllm_attnedit.backends.steps import decode_query_len
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.kv_cache.spec import GateSWASpec
+from vllm_attnedit.layers.packing import Pack
 
 logger = init_logger(__name__)
 
@@ -74,14 +77,36 @@ class WindowAttention(Attention):
 
     The gate logits travel as ``output_scale`` of vLLM's own attention operator: it is already a
     split point of compiled graphs, so piecewise and full CUDA graphs work as they do for vLLM.
+
+    Args:
+        pack: this layer's place in a page that it shares with other window layers.
     """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        num_kv_heads: int,
+        layer_idx: int,
+        pack: Pack | None,
+        prefix: str,
+        **options: Any,
+    ) -> None:
+        if pack is not None:
+            options["first_kv_head"] = pack.slot * num_kv_heads
+            if pack.slot:
+                # vLLM's word for "has no pages of its own".
+                options["kv_sharing_target_layer_name"] = prefix.replace(
+                    f".{layer_idx}.", f".{pack.holder}."
+                )
+        super().__init__(*arguments, num_kv_heads=num_kv_heads, prefix=prefix, **options)
+        self.pack = pack
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)
         assert isinstance(spec, SlidingWindowSpec)
         return GateSWASpec(
             block_size=spec.block_size,
-            num_kv_heads=spec.num_kv_heads,
+            num_kv_heads=spec.num_kv_heads * (1 if self.pack is None else self.pack.size),
             head_size=spec.head_size,
             head_size_v=spec.head_size_v,
             dtype=spec.dtype,

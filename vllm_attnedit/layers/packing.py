@@ -1,0 +1,71 @@
+"""Packed window pages: several window layers in one page of KV cache.
+
+vLLM groups layers so that every group has as many as the rarest kind: r window layers for each full
+one make ``1 + r`` groups, each with its own block manager, block table, slot mapping and metadata
+in every step. Packed, the first of each r window layers (the *holder*) asks for pages with r times
+its heads, the others share them and use their slice of the heads, and two groups are left. The
+price: full-attention blocks grow to r times the tokens, and prefix hits end at multiples of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from vllm_attnedit.config import FULL, SLIDING
+from vllm_attnedit.errors import AttnEditError
+
+logger = init_logger(__name__)
+
+PAGES_OPTION = "attnedit_window_pages"
+"""Key of vLLM's ``--additional-config``: ``separate`` (default) or ``packed``."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A window layer's place in a shared page.
+
+    Attributes:
+        holder: index of the layer that owns the pages.
+        slot: this layer's place among those that share them.
+        size: how many share them.
+    """
+
+    holder: int
+    slot: int
+    size: int
+
+
+def pack_size(layer_types: Sequence[str], pipeline_stages: int) -> int | str:
+    """Window layers a page, or why they cannot be packed."""
+    windows, fulls = layer_types.count(SLIDING), layer_types.count(FULL)
+    if pipeline_stages > 1:
+        return "pages would cross pipeline stages"
+    if not fulls or windows % fulls:
+        return f"{windows} window layers do not divide over {fulls} full ones"
+    if windows == fulls:
+        return "there is one window layer for each full one"
+    return windows // fulls
+
+
+def find_pack(vllm_config: VllmConfig, layer_types: Sequence[str], layer_idx: int) -> Pack | None:
+    """The place of a window layer, or ``None`` where it has pages of its own.
+
+    Raises:
+        AttnEditError: for an unknown option.
+    """
+    option = (vllm_config.additional_config or {}).get(PAGES_OPTION, "separate")
+    if option not in ("separate", "packed"):
+        raise AttnEditError(f"--additional-config {PAGES_OPTION}", option, "use separate or packed")
+    if option == "separate":
+        return None
+    size = pack_size(layer_types, vllm_config.parallel_config.pipeline_parallel_size)
+    if isinstance(size, str):
+        logger.warning_once("Window pages are not packed: %s.", size)
+        return None
+    windows = [i for i, kind in enumerate(layer_types) if kind == SLIDING]
+    place, slot = divmod(windows.index(layer_idx), size)
+    return Pack(holder=windows[place * size], slot=slot, size=size)
