@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm import RequestOutput
 
 from tests.integration.engine import BLOCK_SIZE, engine, generate, metric, random_prompts
 from tests.unit.tiny import tiny_edit
@@ -29,7 +30,11 @@ def model():
 
 
 @torch.no_grad()
-def worst_gap(model, prompt: list[int], tokens: list[int], served: list[float]) -> float:
+def gap(model, prompt: list[int], output: RequestOutput) -> float:
+    """The worst difference to the reference's log-probabilities of the served tokens."""
+    completion = output.outputs[0]
+    tokens = list(completion.token_ids)
+    served = [step[t].logprob for step, t in zip(completion.logprobs, tokens, strict=True)]
     ids = torch.tensor([prompt + tokens], device="cuda")
     logits = model.cuda()(ids).logits[0, len(prompt) - 1 : -1].float()
     chosen = torch.tensor(tokens, device="cuda")[:, None]
@@ -39,10 +44,7 @@ def worst_gap(model, prompt: list[int], tokens: list[int], served: list[float]) 
 
 def check(model, prompts, outputs, tolerance: float) -> None:
     for prompt, output in zip(prompts, outputs, strict=True):
-        completion = output.outputs[0]
-        tokens = list(completion.token_ids)
-        served = [step[t].logprob for step, t in zip(completion.logprobs, tokens, strict=True)]
-        assert worst_gap(model, prompt, tokens, served) <= tolerance, len(prompt)
+        assert gap(model, prompt, output) <= tolerance, len(prompt)
 
 
 @pytest.mark.parametrize("runner", ["0", "1"])
@@ -51,8 +53,7 @@ def test_log_probabilities_equal_the_reference(
     model, runner: str, eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """float32, so that the tolerance can be tight; chunks, decodes and mixed steps, with and
-    without
-    compilation and CUDA graphs."""
+    without compilation and CUDA graphs."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1" if eager else "0")
     prompts = random_prompts(LENGTHS)
@@ -61,19 +62,51 @@ def test_log_probabilities_equal_the_reference(
     check(model, prompts, outputs, tolerance=5e-3)
 
 
-@pytest.mark.parametrize("overrides", [
-    {"num_gpu_blocks_override": 110, "max_model_len": 400},
-    {"kv_cache_dtype": "fp8", "dtype": "bfloat16"},
-    {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3,
-                            "prompt_lookup_max": 3, "prompt_lookup_min": 1}},
-])  # fmt: skip
-def test_under_pressure_and_options(model, overrides: dict, tmp_path: Path):
+PACKED = {"additional_config": {"attnedit_window_pages": "packed"}}
+STOCK = {"additional_config": {"attnedit_window_backend": "stock"}}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3,
+         "prompt_lookup_max": 3, "prompt_lookup_min": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("runner", ["0", "1"])
+@pytest.mark.parametrize("pages", [{}, PACKED])
+def test_under_pressure(
+    model, pages: dict, runner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     prompts = random_prompts(LENGTHS)
-    with engine(tiny_edited_checkpoint(model, tmp_path), **overrides) as llm:
+    pressure = {"num_gpu_blocks_override": 32 if pages else 110, "max_model_len": 400}
+    with engine(tiny_edited_checkpoint(model, tmp_path), **pressure, **pages) as llm:
         outputs = generate(llm, prompts, STEPS)
-        if "num_gpu_blocks_override" in overrides:
-            assert metric(llm, "vllm:num_preemptions") > 0
-    check(model, prompts, outputs, tolerance=0.5 if "kv_cache_dtype" in overrides else 5e-3)
+        assert metric(llm, "vllm:num_preemptions") > 0
+    check(model, prompts, outputs, tolerance=5e-3)
+
+
+def test_drafts_change_nothing(model, tmp_path: Path):
+    """Repeating prompts, so that n-gram lookup proposes and some drafts are taken."""
+    prompts = [prompt * 3 for prompt in random_prompts((5, 9, WINDOW, 60))]
+    folder = tiny_edited_checkpoint(model, tmp_path)
+    with engine(folder, speculative_config=NGRAM) as llm:
+        outputs = generate(llm, prompts, STEPS)
+        assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 0
+    check(model, prompts, outputs, tolerance=5e-3)
+    with engine(folder) as llm:
+        plain = generate(llm, prompts, STEPS)
+    for with_drafts, without in zip(outputs, plain, strict=True):
+        assert with_drafts.outputs[0].token_ids == without.outputs[0].token_ids
+
+
+def test_fp8_pages_are_as_good_as_those_of_stock(model, tmp_path: Path):
+    """The same rounding of keys and values; nothing but the kernels differs."""
+    prompts = random_prompts(LENGTHS)
+    folder = tiny_edited_checkpoint(model, tmp_path)
+    gaps = {}
+    for name, options in (("ours", {}), ("stock", STOCK)):
+        with engine(folder, kv_cache_dtype="fp8", dtype="bfloat16", **options) as llm:
+            outputs = generate(llm, prompts, STEPS)
+        gaps[name] = sum(gap(model, p, o) for p, o in zip(prompts, outputs, strict=True))
+    print(f"summed log-probability gaps to the float32 reference: {gaps}")
+    assert gaps["ours"] <= 1.3 * gaps["stock"]
 
 
 def test_prefix_hit(model, tmp_path: Path):
