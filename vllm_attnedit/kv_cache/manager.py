@@ -49,6 +49,7 @@ class GateSWAManager(SlidingWindowManager):
         self.computed_tokens: dict[str, int] = {}
         self.known_to_worker: set[str] = set()
         self.written: dict[str, tuple[Request, int, int | None]] = {}
+        self.to_hash: dict[str, None] = {}  # keys of ``written``, in order
         self.tails = RetainedTails(self.sliding_window, self.block_size, self.scheduler_block_size)
 
     # The chunk, and what of it is stored
@@ -210,12 +211,13 @@ class GateSWAManager(SlidingWindowManager):
         """Have the step's full blocks hashed once it is over; keep the prompt's tail."""
         self.tails.prompt(request.request_id, request.num_prompt_tokens)
         self.written[request.request_id] = (request, num_tokens, retention_interval)
+        self.to_hash[request.request_id] = None
 
     def new_step_starts(self) -> None:
         """Hash what the last step wrote."""
-        for written in self.written.values():
-            super().cache_blocks(*written)
-        self.written.clear()
+        for request_id in self.to_hash:
+            super().cache_blocks(*self.written[request_id])
+        self.to_hash.clear()
 
     def remove_skipped_blocks(self, request_id: str, total_computed_tokens: int) -> None:
         """Return what left the window. vLLM stops at the first null block; here null blocks and
@@ -254,10 +256,12 @@ class GateSWAManager(SlidingWindowManager):
         preempted one may not have written it."""
         written = self.written.pop(request_id, None)
         if written is not None and written[0].is_finished():
-            super().cache_blocks(*written)
+            if request_id in self.to_hash:
+                super().cache_blocks(*written)
             held = self.req_to_blocks.get(request_id, [])
             self.block_pool.evict_blocks(self.tails.finish(request_id, written[1], held))
         super().free(request_id)
+        self.to_hash.pop(request_id, None)
         self.null_below.pop(request_id, None)
         self.computed_tokens.pop(request_id, None)
         self.known_to_worker.discard(request_id)

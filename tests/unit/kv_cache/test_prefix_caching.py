@@ -28,6 +28,8 @@ def serve(engine: ModelEngine, prompt: list[int], answer: int, rng: random.Rando
     while request.num_tokens < len(prompt) + answer:
         engine.step({name: CHUNK}, rng)
     tokens = list(request.all_token_ids)
+    # Asynchronous scheduling: the next step starts before this one's end is known.
+    engine.manager.new_step_starts()
     engine.finish(name)
     return tokens
 
