@@ -19,12 +19,15 @@ from vllm_attnedit.backends.steps import decode_query_len
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.kv_cache.spec import GateSWASpec
 from vllm_attnedit.layers.packing import Pack
+from vllm_attnedit.ops.checks import BLOCK_MULTIPLE, MAX_HEAD_DIM
 
 logger = init_logger(__name__)
 
 BACKEND_OPTION = "attnedit_window_backend"
 """Key of vLLM's ``--additional-config``: ``auto`` (default), or ``stock`` as benchmarks' control:
 vLLM's own window attention and allocation, with the gate applied outside."""
+
+KERNEL_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 
 
 def stock_reason(vllm_config: VllmConfig) -> str | None:
@@ -50,8 +53,27 @@ def stock_reason(vllm_config: VllmConfig) -> str | None:
         return "the hybrid KV-cache manager is off"
     if vllm_config.parallel_config.use_ubatching:
         return "micro-batching is on, which reorders reads and writes"
-    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+    if current_platform.is_cuda():
+        return kernel_reason(vllm_config)
+    if not current_platform.is_cpu():
         return f"there is no window backend for {current_platform.device_type} yet"
+    return None
+
+
+def kernel_reason(vllm_config: VllmConfig) -> str | None:
+    """Why the CUDA kernels cannot serve this configuration; ``None`` if they can.
+
+    Raises:
+        AttnEditError: for a block size that neither they nor vLLM's own kernels take.
+    """
+    cache = vllm_config.cache_config
+    if cache.block_size is not None and cache.block_size % BLOCK_MULTIPLE:
+        raise AttnEditError("--block-size", cache.block_size, f"use a multiple of {BLOCK_MULTIPLE}")
+    if cache.cache_dtype not in KERNEL_CACHE_DTYPES:
+        return f"the window kernels do not read a KV cache of {cache.cache_dtype}"
+    head_dim = vllm_config.model_config.get_head_size()
+    if head_dim % 16 or head_dim > MAX_HEAD_DIM:
+        return f"the window kernels do not take heads of {head_dim}"
     return None
 
 

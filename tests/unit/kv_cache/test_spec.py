@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWi
 
 from vllm_attnedit import AttnEditError
 from vllm_attnedit.kv_cache.spec import GateSWASpec
-from vllm_attnedit.layers.window import BACKEND_OPTION, stock_reason
+from vllm_attnedit.layers.window import BACKEND_OPTION, kernel_reason, stock_reason
 
 SHAPE: dict[str, Any] = {
     "block_size": 16,
@@ -106,3 +106,32 @@ def test_bad_settings_are_refused_by_name(changes: dict, message: str):
     with pytest.raises(AttnEditError) as caught:
         stock_reason(settings(**changes))
     assert message in str(caught.value)
+
+
+def cuda_settings(cache_dtype: str = "auto", head_dim: int = 128, block_size: int | None = 16):
+    return SimpleNamespace(
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype, block_size=block_size),
+        model_config=SimpleNamespace(get_head_size=lambda: head_dim),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"cache_dtype": "fp8", "block_size": None}, None),
+        ({"cache_dtype": "fp8_e5m2"}, "do not read a KV cache of fp8_e5m2"),
+        ({"cache_dtype": "int8_per_token_head"}, "int8_per_token_head"),
+        ({"head_dim": 512}, "do not take heads of 512"),
+        ({"head_dim": 72}, "do not take heads of 72"),
+    ],
+)
+def test_what_the_cuda_kernels_leave_to_stock(changes: dict, reason: str | None):
+    found = kernel_reason(cuda_settings(**changes))
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in str(found)
+
+
+def test_a_block_size_no_kernel_takes_is_refused():
+    with pytest.raises(AttnEditError, match="--block-size: 24: use a multiple of 16"):
+        kernel_reason(cuda_settings(block_size=24))
