@@ -189,7 +189,7 @@ def main() -> None:
     results: dict[str, dict[str, dict[str, float]]] = {}
     for case in args.cases:
         results[case] = run_case(case, args)
-        document = {"provenance": provenance(), "rows": rows(results, args)}
+        document: dict[str, Any] = {"provenance": provenance(), "rows": rows(results, args)}
         args.out.write_text(json.dumps(document, indent=1) + "\n")  # kept if a later case fails
     for row in document["rows"]:
         print(
