@@ -28,6 +28,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_attnedit.backends.prologue import Prologue
 from vllm_attnedit.backends.steps import decode_query_len
 from vllm_attnedit.ops.gateswa_decode import gateswa_decode
 from vllm_attnedit.ops.gateswa_prefill import gateswa_prefill
@@ -43,6 +44,7 @@ class GateSWAMetadata(AttentionMetadata):
     has_chunks: bool
     query_start_loc: Tensor  # (R + 1,) int32
     seq_lens: Tensor  # (R,) int32
+    positions: Tensor  # (T,) int64
     block_table: Tensor  # (R, max_blocks) int32
     slot_mapping: Tensor  # (T,) int64; slots of the null block are not written
 
@@ -72,12 +74,14 @@ class GateSWAMetadataBuilder(AttentionMetadataBuilder[GateSWAMetadata]):
         fast_build: bool = False,
     ) -> GateSWAMetadata:
         common = common_attn_metadata
+        assert common.positions is not None  # both of vLLM's model runners give them
         return GateSWAMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
             has_chunks=common.max_query_len > self.decode_query_len,
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
+            positions=common.positions,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
         )
@@ -131,8 +135,8 @@ class GateSWAImpl(AttentionImpl[GateSWAMetadata]):
         """Attend, gate and store.
 
         Args:
-            query: ``(T, N, D)``, rotated.
-            key: ``(T, K, D)``, rotated.
+            query: ``(T, N, D)``, rotated, or what ``layer.prologue`` is still to be done to.
+            key: ``(T, K, D)``, likewise.
             value: ``(T, K, D)``.
             kv_cache: ``(blocks, 2, block_size, K, D)``, NHD or HND in memory; of packed pages, all
                 layers' heads.
@@ -150,7 +154,31 @@ class GateSWAImpl(AttentionImpl[GateSWAMetadata]):
         if self.fp8_dtype is not None:
             key_cache, value_cache = (c.view(self.fp8_dtype) for c in (key_cache, value_cache))
             k_scale, v_scale = layer._k_scale, layer._v_scale
+        scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
+        chunks = attn_metadata.has_chunks
         slots = attn_metadata.slot_mapping[:tokens]
+        prologue: Prologue | None = layer.prologue
+        if prologue is not None:
+            # The operator may not change its arguments: finished queries and keys are new tensors.
+            finished = query.new_empty(query.shape)
+            finished_key = key.new_empty(key.shape) if chunks else None
+            kv_write(
+                query,
+                key,
+                value,
+                key_cache,
+                value_cache,
+                slots[:0] if chunks else slots,  # tails must be read before anything is written
+                positions=attn_metadata.positions[:tokens],
+                q_out=finished,
+                k_out=finished_key,
+                store_k=chunks,
+                **prologue.arguments(),
+                **scales,
+            )
+            query, key = finished, key if finished_key is None else finished_key
+        elif not chunks:
+            kv_write(None, key, value, key_cache, value_cache, slots, store_k=False, **scales)
         paged = (
             key_cache,
             value_cache,
@@ -163,28 +191,12 @@ class GateSWAImpl(AttentionImpl[GateSWAMetadata]):
             "scale": self.scale,
             "gate": gate,
             "out": output[:tokens],
-            "k_scale": k_scale,
-            "v_scale": v_scale,
+            **scales,
         }
-
-        def write() -> None:
-            kv_write(
-                None,
-                key,
-                value,
-                key_cache,
-                value_cache,
-                slots,
-                store_k=False,
-                k_scale=k_scale,
-                v_scale=v_scale,
-            )
-
-        if attn_metadata.has_chunks:
+        if chunks:
             gateswa_prefill(query, key, value, *paged, **options)
-            write()
+            kv_write(None, key, value, key_cache, value_cache, slots, store_k=False, **scales)
         else:
-            write()
             gateswa_decode(query, *paged, max_query_len=attn_metadata.max_query_len, **options)
         return output
 
@@ -193,6 +205,7 @@ class GateSWATritonBackend(TritonAttentionBackend):
     """vLLM's page layout, so that window and full layers share one pool of memory."""
 
     forward_includes_kv_cache_update: bool = True
+    takes_prologue: ClassVar[bool] = True
 
     @staticmethod
     def get_name() -> str:

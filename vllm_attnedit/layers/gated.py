@@ -18,7 +18,9 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.v1.attention.backend import AttentionBackend
 
+from vllm_attnedit.backends.prologue import Prologue, can_rotate
 from vllm_attnedit.config import SLIDING, AttnEditConfig
 from vllm_attnedit.layers.packing import find_pack
 from vllm_attnedit.layers.window import WindowAttention, window_backend
@@ -103,19 +105,26 @@ class GatedAttention(nn.Module):
             *arguments,
             layer_idx=layer_idx,
             pack=find_pack(vllm_config, types, layer_idx),
+            prologue=self._prologue(backend),
             attn_backend=backend,
             **options,
         )
+
+    def _prologue(self, backend: type[AttentionBackend]) -> Prologue | None:
+        """Norm and rotation, where the backend does them along with its write."""
+        if not getattr(backend, "takes_prologue", False) or not can_rotate(self.rotary_emb):
+            return None
+        if self.has_qk_norm:
+            return Prologue(self.rotary_emb, self.q_norm, self.k_norm)
+        return Prologue(self.rotary_emb)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """``positions`` (T,), ``hidden_states`` (T, E), normed; returns (T, E)."""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        if self.has_qk_norm:
-            q = self.q_norm(q.reshape(-1, self.num_heads, self.head_dim)).flatten(-2)
-            k = self.k_norm(k.reshape(-1, self.num_kv_heads, self.head_dim)).flatten(-2)
-        q, k = self.rotary_emb(positions, q, k)
         gate = None if self.g_proj is None else self.g_proj(hidden_states)[0]
+        if not isinstance(self.attn, WindowAttention) or self.attn.prologue is None:
+            q, k = self._finish(positions, q, k)
         if isinstance(self.attn, WindowAttention):
             attn = self.attn.forward_gated(q, k, v, gate)
         else:
@@ -124,3 +133,11 @@ class GatedAttention(nn.Module):
                 attn = gated(attn.unflatten(-1, (self.num_heads, -1)), gate).flatten(1)
         output, _ = self.o_proj(attn)
         return output
+
+    def _finish(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm each head's queries and keys, and rotate them."""
+        if self.has_qk_norm:
+            q = self.q_norm(q.reshape(-1, self.num_heads, self.head_dim)).flatten(-2)
+            k = self.k_norm(k.reshape(-1, self.num_kv_heads, self.head_dim)).flatten(-2)
+        q, k = self.rotary_emb(positions, q, k)
+        return q, k

@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
+from vllm_attnedit.backends.prologue import Prologue
 from vllm_attnedit.backends.steps import decode_query_len
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.kv_cache.spec import GateSWASpec
@@ -102,6 +103,7 @@ class WindowAttention(Attention):
 
     Args:
         pack: this layer's place in a page that it shares with other window layers.
+        prologue: what the backend does to queries and keys first; ``None`` if they come finished.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class WindowAttention(Attention):
         num_kv_heads: int,
         layer_idx: int,
         pack: Pack | None,
+        prologue: Prologue | None,
         prefix: str,
         **options: Any,
     ) -> None:
@@ -122,6 +125,7 @@ class WindowAttention(Attention):
                 )
         super().__init__(*arguments, num_kv_heads=num_kv_heads, prefix=prefix, **options)
         self.pack = pack
+        self.prologue = prologue
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)
@@ -143,15 +147,15 @@ class WindowAttention(Attention):
         """Attend and gate.
 
         Args:
-            query: ``(T, N * D)``.
-            key: ``(T, K * D)``.
+            query: ``(T, N * D)``, rotated unless there is a prologue.
+            key: ``(T, K * D)``, likewise.
             value: ``(T, K * D)``.
             gate: logits ``(T, N)`` or ``(T, N * D)``, or ``None``.
 
         Returns:
             ``(T, N * D)``.
         """
-        output = torch.empty_like(query).view(-1, self.num_heads, self.head_size)
+        output = query.new_empty(query.shape).view(-1, self.num_heads, self.head_size)
         arguments = (
             query.view(-1, self.num_heads, self.head_size),
             key.view(-1, self.num_kv_heads, self.head_size),
