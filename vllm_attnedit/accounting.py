@@ -14,7 +14,7 @@ than full attention: compare at the ``tp`` of the deployment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,8 +206,14 @@ def padding_layers(config: Any) -> int:
     """
     types = [layer.layer_type for layer in kv_layers(config)]
     counts = [types.count(layer_type) for layer_type in set(types)]
-    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    size = group_size(counts)
     return sum(-count % size for count in counts)
+
+
+def group_size(counts: Sequence[int]) -> int:
+    """Layers of a KV cache group where there are ``counts`` of each type; see
+    :func:`padding_layers`."""
+    return max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
 
 
 def stage_sizes(num_layers: int, pp: int) -> list[int]:
@@ -225,8 +231,8 @@ def _most_loaded_stage(
 ) -> int:
     if kv_dtype not in KV_DTYPE_BYTES:
         raise AttnEditError("kv_dtype", kv_dtype, f"use one of {', '.join(KV_DTYPE_BYTES)}")
+    check_tp(config, tp)
     layers = kv_layers(config)
-    _check_tp(config, layers, tp)
     stages, start = [], 0
     for size in stage_sizes(len(layers), pp):
         stage = layers[start : start + size]
@@ -235,12 +241,17 @@ def _most_loaded_stage(
     return max(stages) * KV_DTYPE_BYTES[kv_dtype]
 
 
-def _check_tp(config: Any, layers: tuple[LayerKV, ...], tp: int) -> None:
+def check_tp(config: Any, tp: int) -> None:
+    """Refuse a number of tensor-parallel GPUs that ``config``'s heads cannot be sharded over.
+
+    Raises:
+        AttnEditError: if so.
+    """
     _require_positive("tp", tp)
     heads = config.num_attention_heads
     if heads % tp:
         raise AttnEditError("tp", tp, f"use a divisor of num_attention_heads, {heads}")
-    for kv_heads in {layer.heads for layer in layers if layer.heads is not None}:
+    for kv_heads in {layer.heads for layer in kv_layers(config) if layer.heads is not None}:
         if kv_heads % tp and tp % kv_heads:
             raise AttnEditError(
                 "tp", tp, f"use a divisor or a multiple of num_key_value_heads, {kv_heads}"

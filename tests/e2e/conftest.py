@@ -54,5 +54,8 @@ def mla(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(gateswa: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
     os.environ["NO_PROXY"] = "127.0.0.1"
     log = tmp_path_factory.mktemp("serve") / "serve.log"
+    # With an empty folder the engine's own gauges reach the server's /metrics.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path_factory.mktemp("gauges"))
     with serve(gateswa, MODEL, log=log) as base_url:
+        del os.environ["PROMETHEUS_MULTIPROC_DIR"]
         yield OpenAI(base_url=base_url, api_key="none", timeout=300.0, max_retries=0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 from transformers import AutoTokenizer
 
-from tests.e2e.conftest import MODEL
+from tests.e2e.conftest import MODEL, attnedit
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -121,3 +122,36 @@ def test_sixteen_streams_at_once(client: OpenAI):
 def test_bad_requests_are_refused(client: OpenAI):
     with pytest.raises(BadRequestError):
         client.completions.create(model=MODEL, prompt="x " * 5000, max_tokens=1)
+
+
+def test_kv_memory_is_read_live(client: OpenAI):
+    """What the engine measured, while four long answers are written; nothing once they are cut."""
+    streams = [
+        client.completions.create(
+            model=MODEL,
+            prompt=f"{i} {LONG}",
+            max_tokens=1000,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for i in range(4)
+    ]
+    for stream in streams:
+        next(iter(stream))
+    reports = []
+    for _ in range(2):  # the gauge is set about once a second
+        done = attnedit("kv", "--server", client.base_url, "--json")
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads(done.stdout))
+    for stream in streams:
+        stream.close()
+    report = reports[-1]
+    full, windows = report["groups"]
+    assert (report["split"], report["running"]) == ("measured", 4)
+    assert (full["groups"], windows["groups"]) == (1, 5)
+    assert full["blocks"][0] + windows["blocks"][0] == report["blocks_in_use"]
+    # A window of one block spans two at most while decoding, of each request in each group.
+    assert 4 * 5 <= windows["blocks"][0] <= windows["formula_blocks"] == 4 * 5 * 2
+    assert report["reduction"][0] == pytest.approx(report["formula_reduction"], abs=0.1)
+    shown = attnedit("kv", "--server", client.base_url)
+    assert "measured by the engine" in shown.stdout

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_attnedit.cli.kv_live import show_server
 from vllm_attnedit.cli.quantities import format_bytes, parse_bytes, parse_counts
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.kv_report import build_report
@@ -19,11 +21,19 @@ _ARGUMENTS_OF_ACCOUNTING = ("tp", "pp", "kv_dtype", "block_size")
 
 def command(
     checkpoint: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="Checkpoint folder, config.json or hub id, of an edited model or a teacher."
+            help="Checkpoint folder, config.json or hub id, of an edited model or a teacher. "
+            "With --server, the one that it serves; by default where the server loaded it from."
         ),
-    ],
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="Read a running vLLM server, as http://localhost:8000."),
+    ] = None,
+    watch: Annotated[
+        float | None, typer.Option(help="With --server: read again every so many seconds.")
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(help="Compare with this one instead of the model that was edited."),
@@ -56,29 +66,45 @@ def command(
     """Show KV-cache memory per token, per request and per GPU, by formula.
 
     Window layers hold a bounded number of tokens: they are left out of the bytes per token and
-    counted in the bytes per request.
+    counted in the bytes per request. With --server, show what a running server holds right now
+    beside the formula.
     """
-    try:
+    tps = parse_counts("--tp", tp or ["1"])
+    with _options_named():
+        if server is not None:
+            show_server(server, checkpoint, tps[0], kv_dtype, as_json=as_json, watch=watch)
+            return
+        if watch is not None:
+            raise AttnEditError("--watch", watch, "give it with --server")
+        if checkpoint is None:
+            raise AttnEditError("CHECKPOINT", "missing", "name one, or a server: --server URL")
         report = build_report(
             checkpoint,
             teacher=teacher,
             targets=target or [],
             lengths=parse_counts("--length", length or ["8192"]),
-            tps=parse_counts("--tp", tp or ["1"]),
+            tps=tps,
             pp=pp,
             memory=None if memory is None else parse_bytes("--memory", memory),
             kv_dtype=kv_dtype,
             block_size=block_size,
         )
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _print_report(report, Console())
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Bad input to the accounting is an option here: name it as the user typed it."""
+    try:
+        yield
     except AttnEditError as error:
         if error.field not in _ARGUMENTS_OF_ACCOUNTING:
             raise
         option = "--" + error.field.replace("_", "-")
         raise AttnEditError(option, error.value, error.fix) from error
-    if as_json:
-        typer.echo(json.dumps(report, indent=2))
-    else:
-        _print_report(report, Console())
 
 
 def _print_report(report: dict[str, Any], console: Console) -> None:

@@ -31,6 +31,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
+from vllm_attnedit.kv_cache.gauge import block_gauge
 from vllm_attnedit.kv_cache.retention import RetainedTails, branch_points
 
 _PLENTY = 4
@@ -51,6 +52,7 @@ class GateSWAManager(SlidingWindowManager):
         self.written: dict[str, tuple[Request, int, int | None]] = {}
         self.to_hash: dict[str, None] = {}  # keys of ``written``, in order
         self.tails = RetainedTails(self.sliding_window, self.block_size, self.scheduler_block_size)
+        self.gauge = block_gauge(self)
 
     # The chunk, and what of it is stored
 
@@ -218,6 +220,8 @@ class GateSWAManager(SlidingWindowManager):
         for request_id in self.to_hash:
             super().cache_blocks(*self.written[request_id])
         self.to_hash.clear()
+        if self.gauge is not None:
+            self.gauge.update()
 
     def remove_skipped_blocks(self, request_id: str, total_computed_tokens: int) -> None:
         """Return what left the window. vLLM stops at the first null block; here null blocks and
@@ -266,3 +270,5 @@ class GateSWAManager(SlidingWindowManager):
         self.computed_tokens.pop(request_id, None)
         self.known_to_worker.discard(request_id)
         self.tails.forget(request_id)
+        if self.gauge is not None:
+            self.gauge.update()

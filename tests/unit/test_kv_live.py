@@ -1,0 +1,293 @@
+"""``attnedit kv --server``: what it makes of recorded metrics, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING
+
+from tests.unit.command import Attnedit, attnedit
+from vllm_attnedit.config import AttnEditConfig
+from vllm_attnedit.edit.patterns import EditPlan, build_edit
+from vllm_attnedit.errors import AttnEditError
+from vllm_attnedit.kv_live import build_live_report
+from vllm_attnedit.kv_server import ServerState, WindowGroup, parse_state
+
+__all__ = ["attnedit"]
+
+RECORDED = Path(__file__).parent / "recorded"
+SMOLLM2: dict[str, Any] = {
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "hidden_size": 576,
+}
+A_BLOCK = 5 * 128 * 2 * 3 * 64 * 2
+"""Bytes: five layers of 128 tokens of two times three heads of 64, in 16 bits."""
+
+
+def config_of(target: str = "gateswa", **dims: Any) -> AttnEditConfig:
+    dims = {**SMOLLM2, **dims}
+    return AttnEditConfig("llama", build_edit(EditPlan(target=target), _teacher(dims)), **dims)
+
+
+def _teacher(dims: dict[str, Any]) -> Any:
+    return CONFIG_MAPPING["llama"](**dims)
+
+
+def recorded(name: str) -> ServerState:
+    state = parse_state((RECORDED / f"metrics_{name}.txt").read_text())
+    assert state is not None
+    return state
+
+
+def state_of(**fields: Any) -> ServerState:
+    defaults: dict[str, Any] = {
+        "num_blocks": 10_000,
+        "blocks_in_use": 0,
+        "block_size": 16,
+        "cache_dtype": "auto",
+        "running": 0,
+        "waiting": 0,
+        "preemptions": 0,
+    }
+    return ServerState(**{**defaults, **fields})
+
+
+def test_measured_groups() -> None:
+    """12 requests of about 860 tokens each, all past their window."""
+    state = recorded("measured")
+    assert (state.running, state.num_blocks, state.block_size) == (12, 2183, 128)
+    assert [group.heads for group in state.window_groups] == [3] * 5
+    report = build_live_report(config_of(), state)
+    full, windows = report["groups"]
+    assert report["split"] == "measured"
+    assert (full["groups"], windows["groups"]) == (1, 5)
+    assert windows["blocks"] == [120, 120]
+    assert full["blocks"] == [state.blocks_in_use - 120] * 2
+    assert windows["formula_blocks"] == 5 * 12 * 2
+    assert report["bytes_in_use"] == state.blocks_in_use * A_BLOCK
+    assert report["teacher_bytes"] == [6 * full["bytes"][0]] * 2
+    saved = 1 - report["bytes_in_use"] / (6 * full["bytes"][0])
+    assert report["reduction"] == pytest.approx([saved, saved])
+    assert report["formula_reduction"] == pytest.approx(saved, abs=0.05)
+
+
+def test_derived_groups() -> None:
+    state = recorded("derived")
+    assert state.running == 12
+    assert not state.window_groups
+    report = build_live_report(config_of(), state)
+    full, windows = report["groups"]
+    assert report["split"] == "derived"
+    assert full["blocks"][0] + windows["blocks"][1] == state.blocks_in_use
+    assert full["blocks"][1] + windows["blocks"][0] == state.blocks_in_use
+    assert windows["blocks"][1] <= 5 * 12 * 3
+
+
+@given(lengths=st.lists(st.integers(1, 3000), max_size=20), offset=st.integers(0, 1))
+def test_the_derived_interval_holds_the_truth(lengths: list[int], offset: int) -> None:
+    """Against a count of what requests of these lengths hold, decoding or in a chunk."""
+    block, window = 16, 128
+    held = []
+    for tokens in lengths:
+        whole = -(-tokens // block)
+        left_behind = max(0, tokens - window + 1) // block
+        held.append((whole, min(whole, whole - left_behind + offset)))
+    in_full, in_window = (sum(count) for count in zip(*held, strict=True)) if held else (0, 0)
+    state = state_of(blocks_in_use=in_full + 5 * in_window, running=len(lengths))
+    full, windows = build_live_report(config_of(), state)["groups"]
+    assert full["blocks"][0] <= in_full <= full["blocks"][1]
+    assert windows["blocks"][0] <= 5 * in_window <= windows["blocks"][1]
+
+
+def test_long_requests_leave_little_doubt() -> None:
+    """At 32K tokens the derived share saved is known to one part in a hundred."""
+    state = state_of(blocks_in_use=64 * (2048 + 5 * 9), running=64)
+    report = build_live_report(config_of(), state)
+    low, high = report["reduction"]
+    assert low <= report["formula_reduction"] <= high
+    assert high - low < 0.01
+
+
+def test_packed_pages_are_told_by_their_heads() -> None:
+    """One window group of five layers a page; a full block then holds five times the tokens."""
+    groups = (WindowGroup(heads=15, blocks=90),)
+    report = build_live_report(
+        config_of(), state_of(blocks_in_use=90 + 270, running=10, window_groups=groups)
+    )
+    full, windows = report["groups"]
+    assert (full["groups"], windows["groups"]) == (1, 1)
+    assert (full["block_size"], windows["block_size"]) == (80, 16)
+    assert windows["blocks"] == [90, 90]
+    assert full["blocks"] == [270, 270]
+    assert report["tokens_per_request"] == [27 * 80, 27 * 80]
+    assert full["bytes"][0] == 5 * 270 * 80 * 2 * 3 * 64 * 2
+    assert report["teacher_bytes"][0] == 30 * 270 * 80 * 2 * 3 * 64 * 2
+
+
+def test_latent_layers_are_one_kind() -> None:
+    config = config_of("mla")
+    report = build_live_report(config, state_of(blocks_in_use=100, running=2))
+    (latent,) = report["groups"]
+    assert report["split"] == "one kind"
+    assert latent["blocks"] == [100, 100]
+    assert latent["formula_blocks"] == 100
+    assert report["tokens_per_request"] == [800, 800]
+    assert report["reduction"][0] == pytest.approx(report["formula_reduction"])
+
+
+def test_nothing_runs() -> None:
+    report = build_live_report(config_of(), state_of())
+    assert report["tokens_per_request"] == [0, 0]
+    assert report["formula_reduction"] is None
+    assert [group["blocks"] for group in report["groups"]] == [[0, 0], [0, 0]]
+
+
+def test_engines_are_summed_and_fp8_is_followed() -> None:
+    text = (RECORDED / "metrics_derived.txt").read_text()
+    second = "\n".join(
+        line.replace('engine="0"', 'engine="1"')
+        for line in text.splitlines()
+        if not line.startswith("#")
+    )
+    both = parse_state(
+        f"{text}\n{second}\n".replace('cache_dtype="auto"', 'cache_dtype="fp8_e4m3"')
+    )
+    one = parse_state(text)
+    assert both is not None
+    assert one is not None
+    assert both.running == 2 * one.running
+    assert both.num_blocks == 2 * one.num_blocks
+    assert both.blocks_in_use == 2 * one.blocks_in_use
+    report = build_live_report(config_of(), both)
+    assert report["kv_dtype"] == "fp8"
+    assert report["bytes_in_use"] == both.blocks_in_use * A_BLOCK // 2
+
+
+@pytest.mark.parametrize("text", ["", "<html>hello</html>", "python_info 1.0\n"])
+def test_other_pages_are_no_state(text: str) -> None:
+    assert parse_state(text) is None
+
+
+def test_kinds_that_cannot_be_told_apart_are_refused() -> None:
+    types = ["full_attention", "latent_attention"] * 15
+    edit = config_of("mla").attention_edit | {"layer_types": types}
+    with pytest.raises(AttnEditError, match="cannot be told apart"):
+        build_live_report(AttnEditConfig("llama", edit, **SMOLLM2), state_of(running=1))
+
+
+# The command, against a server that answers with fixed pages
+
+Pages = dict[str, str | int]
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[Pages], str]]:
+    """Serve pages (or a status) by path; returns the address."""
+    servers: list[HTTPServer] = []
+
+    def start(pages: Pages) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                page = pages.get(self.path, 404)
+                self.send_response(page if isinstance(page, int) else 200)
+                self.end_headers()
+                self.wfile.write(page.encode() if isinstance(page, str) else b"")
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        Thread(target=server.serve_forever, daemon=True).start()
+        return f"127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def pages(root: object) -> Pages:
+    models = json.dumps({"data": [{"id": "m", "root": str(root)}]})
+    return {
+        "/metrics": (RECORDED / "metrics_measured.txt").read_text(),
+        "/v1/models": models,
+    }
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    config_of().save_pretrained(tmp_path / "edited")
+    return tmp_path / "edited"
+
+
+def test_command(attnedit: Attnedit, answering: Any, checkpoint: Path) -> None:
+    address = answering(pages(checkpoint))
+    for url in (address, f"http://{address}/v1", f"http://{address}/"):
+        done = attnedit("kv", "--server", url, "--json")
+        assert done.code == 0, done.err
+        assert json.loads(done.out)["running"] == 12
+    shown = attnedit("kv", "--server", address).out
+    assert "12 running" in shown
+    assert "measured by the engine" in shown
+    assert "by formula" in shown
+
+
+def test_command_with_a_named_checkpoint(
+    attnedit: Attnedit, answering: Any, checkpoint: Path
+) -> None:
+    """Where the server's own path is not on this machine."""
+    address = answering(pages("/elsewhere/model"))
+    assert "is not to be found here" in attnedit.refused("kv", "--server", address)
+    assert attnedit("kv", checkpoint, "--server", address).code == 0
+    locked: Pages = {**pages(checkpoint), "/v1/models": 401}
+    assert "name the checkpoint" in attnedit.refused("kv", "--server", answering(locked))
+
+
+def test_watch_reads_until_interrupted(
+    attnedit: Attnedit, answering: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_attnedit.cli.kv_live.time.sleep", sleep)
+    done = attnedit("kv", "--server", answering(pages(checkpoint)), "--watch", "0.5", "--json")
+    assert done.code == 130
+    assert [json.loads(line)["running"] for line in done.out.splitlines()] == [12] * 3
+    assert slept == [0.5] * 3
+
+
+def test_refusals(attnedit: Attnedit, answering: Any, tmp_path: Path) -> None:
+    assert "cannot be reached" in attnedit.refused("kv", "--server", "127.0.0.1:9")
+    assert "running vLLM server" in attnedit.refused("kv", "--server", "ftp://host")
+    other = answering({"/metrics": "python_info 1.0\n"})
+    assert "no vLLM metrics" in attnedit.refused("kv", "--server", other)
+    assert "no vLLM metrics" in attnedit.refused("kv", "--server", answering({}))
+    _teacher(SMOLLM2).save_pretrained(tmp_path / "teacher")
+    plain = answering(pages(tmp_path / "teacher"))
+    assert "not an edited model" in attnedit.refused("kv", "--server", plain)
+    assert "seconds > 0" in attnedit.refused("kv", "--server", plain, "--watch", "0")
+    assert "with --server" in attnedit.refused("kv", tmp_path / "teacher", "--watch", "1")
+    assert "CHECKPOINT" in attnedit.refused("kv")
+
+
+def test_options_are_named(attnedit: Attnedit, answering: Any, checkpoint: Path) -> None:
+    address = answering(pages(checkpoint))
+    assert attnedit.refused("kv", "--server", address, "--tp", "2").startswith("attnedit: --tp")
+    refused = attnedit.refused("kv", "--server", address, "--kv-dtype", "int3")
+    assert refused.startswith("attnedit: --kv-dtype")

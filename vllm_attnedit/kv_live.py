@@ -1,0 +1,188 @@
+"""The report behind ``attnedit kv --server``: KV memory in use beside what the formula says.
+
+A block belongs to one *group* of layers. From vLLM's ``/metrics`` come the blocks in use over all
+groups and the number of running requests. The split over groups is *measured* where the engine
+exports this project's gauge; else it is *derived*: a running request holds between one block and
+``ceil((W - 1) / B) + 2`` blocks in each window group, those that have left its first window at
+least ``ceil((W - 1) / B)``, and no more than it holds in a full group. Figures are then intervals.
+
+The report is JSON-ready, and its fields are stable (new ones may be added). Every figure that can
+be an interval is ``[low, high]``, equal if it is exact::
+
+    split            "measured", "derived" or "one kind" (all blocks hold the same kind of layers)
+    tp, kv_dtype     as assumed for bytes, which are those of one GPU
+    running, waiting, preemptions
+    blocks_in_use, num_blocks       over all groups
+    bytes_in_use, pool_bytes        the same in bytes
+    tokens_per_request              mean over running requests, in whole blocks; [0, 0] without any
+    groups           one object for each kind of layer:
+      kind, layers, groups          layer type, number of layers, number of groups
+      block_size                    tokens of a block
+      blocks, bytes                 in use, over these groups
+      formula_blocks, formula_bytes for the running requests at their mean length, all decoding
+    teacher_bytes    full attention for the same tokens
+    reduction        share of teacher_bytes that is saved
+    formula_reduction               the same by formula; null without running requests
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_attnedit.accounting import KV_DTYPE_BYTES, LayerKV, check_tp, group_size, kv_layers
+from vllm_attnedit.config import AttnEditConfig
+from vllm_attnedit.errors import AttnEditError
+from vllm_attnedit.kv_server import ServerState
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model's layers share the pool. With packed window pages a full block grows to ``pack``
+    times the tokens of a window block, and one group holds all window layers.
+
+    Attributes:
+        layers: number of layers whose cache grows with the request, and of window layers.
+        groups: number of groups of each of the two.
+        block_size: tokens of a block of each of the two.
+        block_bytes: of any block, on one GPU.
+    """
+
+    layers: tuple[int, int]
+    groups: tuple[int, int]
+    block_size: tuple[int, int]
+    block_bytes: int
+
+
+def build_live_report(
+    config: AttnEditConfig, state: ServerState, *, tp: int = 1, kv_dtype: str = "auto"
+) -> dict[str, Any]:
+    """Split the blocks in use over the kinds of layers; see the module for the result.
+
+    Args:
+        config: of the edited model that the server runs.
+        state: what its ``/metrics`` say.
+        tp: tensor-parallel GPUs of the server.
+        kv_dtype: a key of ``KV_DTYPE_BYTES``; ``auto`` follows the server's fp8 setting.
+
+    Raises:
+        AttnEditError: for arguments that do not fit the model, or layers of kinds whose blocks
+            cannot be told apart.
+    """
+    if kv_dtype == "auto" and state.cache_dtype.startswith("fp8"):
+        kv_dtype = "fp8"
+    if kv_dtype not in KV_DTYPE_BYTES:
+        raise AttnEditError("kv_dtype", kv_dtype, f"use one of {', '.join(KV_DTYPE_BYTES)}")
+    check_tp(config, tp)
+    layers = kv_layers(config)
+    growing = [layer for layer in layers if layer.window is None]
+    windows = [layer for layer in layers if layer.window is not None]
+    if len({layer.layer_type for layer in growing}) > 1:
+        fix = "their blocks cannot be told apart; read vllm:kv_cache_usage_perc"
+        raise AttnEditError("layer_types", "full_attention, latent_attention", fix)
+    layout = _layout(growing, windows, state, tp, KV_DTYPE_BYTES[kv_dtype])
+    split, window_blocks = _window_blocks(windows, state, layout)
+    in_windows = _sorted(blocks * layout.groups[1] for blocks in window_blocks)
+    in_growing = _sorted(state.blocks_in_use - blocks for blocks in in_windows)
+    tokens = _sorted(
+        blocks / max(1, layout.groups[0]) * layout.block_size[0] / max(1, state.running)
+        for blocks in in_growing
+    )
+    if not growing:  # nothing in the cache grows with a request: its length leaves no trace
+        tokens = (0, 0)
+    if not state.running:
+        tokens = (0, 0)
+    groups = [
+        _group(kind, index, blocks, layout, state.running, sum(tokens) / 2)
+        for index, (kind, blocks) in enumerate(((growing, in_growing), (windows, in_windows)))
+        if kind
+    ]
+    per_token = _teacher_bytes_per_token(config, tp, KV_DTYPE_BYTES[kv_dtype])
+    teacher = _sorted(per_token * count * state.running for count in tokens)
+    in_use = state.blocks_in_use * layout.block_bytes
+    formula = sum(group["formula_bytes"] for group in groups)
+    return {
+        "split": split,
+        "tp": tp,
+        "kv_dtype": kv_dtype,
+        "running": state.running,
+        "waiting": state.waiting,
+        "preemptions": state.preemptions,
+        "blocks_in_use": state.blocks_in_use,
+        "num_blocks": state.num_blocks,
+        "bytes_in_use": in_use,
+        "pool_bytes": state.num_blocks * layout.block_bytes,
+        "tokens_per_request": list(tokens),
+        "groups": groups,
+        "teacher_bytes": list(teacher),
+        "reduction": [1 - in_use / held if held else None for held in teacher],
+        "formula_reduction": 1 - formula / (sum(teacher) / 2) if sum(teacher) else None,
+    }
+
+
+def _layout(
+    growing: list[LayerKV], windows: list[LayerKV], state: ServerState, tp: int, width: int
+) -> Layout:
+    counts = (len(growing), len(windows))
+    block = state.block_size
+    a_layer = (growing or windows)[0].elements_per_token(tp) * width * block
+    if windows and state.window_groups:
+        heads = max(1, (windows[0].heads or 1) // tp)
+        pack = state.window_groups[0].heads // heads
+        if pack > 1:
+            return Layout(counts, (1, 1), (block * pack, block), a_layer * pack * counts[0])
+    size = group_size([count for count in counts if count])
+    groups = (-(-counts[0] // size), -(-counts[1] // size))
+    return Layout(counts, groups, (block, block), a_layer * size)
+
+
+def _window_blocks(
+    windows: list[LayerKV], state: ServerState, layout: Layout
+) -> tuple[str, Interval]:
+    """Blocks in use in one window group, the mean where they were measured."""
+    if not windows:
+        return "one kind", (0, 0)
+    if state.window_groups:
+        mean = sum(group.blocks for group in state.window_groups) / layout.groups[1]
+        return "measured", (mean, mean)
+    if not layout.groups[0]:
+        mean = state.blocks_in_use / layout.groups[1]
+        return "one kind", (mean, mean)
+    window = windows[0].window
+    assert window is not None
+    span = -(-(window - 1) // state.block_size)
+    # No window group holds more than a full one: at most an equal share of all groups.
+    share = state.blocks_in_use / sum(layout.groups)
+    low = span + state.running - 1 if state.running else 0
+    return "derived", (min(low, share), min(state.running * (span + 2), share))
+
+
+def _group(
+    kind: list[LayerKV], index: int, blocks: Interval, layout: Layout, running: int, tokens: float
+) -> dict[str, Any]:
+    """One row: ``kind``'s layers, number ``index`` of the layout."""
+    size, groups = layout.block_size[index], layout.groups[index]
+    per_request = kind[0].tokens_held(round(tokens), size) // size if tokens else 0
+    formula = running * per_request * groups
+    return {
+        "kind": kind[0].layer_type,
+        "layers": layout.layers[index],
+        "groups": groups,
+        "block_size": size,
+        "blocks": list(blocks),
+        "bytes": [count * layout.block_bytes for count in blocks],
+        "formula_blocks": formula,
+        "formula_bytes": formula * layout.block_bytes,
+    }
+
+
+def _teacher_bytes_per_token(config: AttnEditConfig, tp: int, width: int) -> int:
+    layers = kv_layers(config.teacher_config())
+    return sum(layer.elements_per_token(tp) * width for layer in layers if layer.window is None)
+
+
+def _sorted(values: Any) -> Interval:
+    low, high = sorted(values)
+    return low, high
