@@ -214,6 +214,31 @@ class AttnEditConfig(PreTrainedConfig):
     def sliding_window(self) -> int | None:
         return self.__dict__.get("attention_edit", {}).get("sliding_window")
 
+    # vLLM's MLA path looks for these. Derived, as above.
+    @property
+    def kv_lora_rank(self) -> int | None:
+        return self._latent("kv_lora_rank")
+
+    @property
+    def q_lora_rank(self) -> int | None:
+        return self._latent("q_lora_rank")
+
+    @property
+    def qk_nope_head_dim(self) -> int | None:
+        return self._latent("qk_nope_head_dim")
+
+    @property
+    def qk_rope_head_dim(self) -> int | None:
+        return self._latent("qk_rope_head_dim")
+
+    @property
+    def v_head_dim(self) -> int | None:
+        return self._latent("v_head_dim")
+
+    def _latent(self, name: str) -> int | None:
+        value: int | None = self.__dict__.get("attention_edit", {}).get(name)
+        return value
+
     @property
     def qkv_bias(self) -> bool:
         return self.family.qkv_bias(self)

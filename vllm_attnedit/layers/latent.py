@@ -1,9 +1,10 @@
-"""Latent attention (MLA) as a vLLM layer, in its absorbed form.
+"""Latent attention (MLA) as a vLLM layer.
 
 The cache holds one latent and one RoPE key a token, shared by all heads. Folding the key half of
 ``kv_b_proj`` into the query turns MLA into attention with a single KV head of width R + P whose
 value is the first R elements of its key; the value half is applied to the result. Same function as
-the naive form of :class:`vllm_attnedit.hf.LatentAttention`, without expanding any cached token.
+the naive form of :class:`vllm_attnedit.hf.LatentAttention`. Backends decode in this form, vLLM's
+and this project's alike, and expand latents where a prompt makes that cheaper.
 
 Shapes: T tokens of the batch, N heads of this rank, R kv_lora_rank, P qk_rope_head_dim,
 C qk_nope_head_dim, V v_head_dim, E hidden.
@@ -11,14 +12,14 @@ C qk_nope_head_dim, V v_head_dim, E hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-)
-from vllm.model_executor.layers.attention import Attention
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.attention.attention import unified_attention_with_output
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -26,48 +27,30 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.model_executor.utils import set_weight_attrs
+from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec
 
-from vllm_attnedit.backends.latent_torch import LatentTorchBackend
-from vllm_attnedit.config import AttnEditConfig
+from vllm_attnedit.config import AttentionEdit, AttnEditConfig
 from vllm_attnedit.layers.gated import gate_projection
+from vllm_attnedit.layers.latent_backend import latent_backend
+from vllm_attnedit.layers.latent_projection import LatentUpProjection
 from vllm_attnedit.ops.sigmoid_gate.reference import gated
 
 
-class LatentUpProjection(nn.Module):
-    """``kv_b_proj`` in the two products of the absorbed form. Sharded by head, never quantised.
+class LatentCacheAttention(Attention):
+    """Attention over cached latents by one of this project's backends.
 
-    A bare parameter rather than a vLLM linear layer: the CPU platform repacks and empties a linear
-    layer's weight after loading, and both products need a view of it.
+    Args:
+        up: ``kv_b_proj``, which the backend applies; it stays a module of the enclosing layer.
     """
 
-    def __init__(self, rank: int, num_heads: int, nope_dim: int, value_dim: int) -> None:
-        super().__init__()
-        self.num_heads, self.nope_dim = num_heads, nope_dim
-        self.weight = nn.Parameter(
-            torch.empty(num_heads * (nope_dim + value_dim), rank), requires_grad=False
-        )
-        set_weight_attrs(self.weight, {"weight_loader": self._load})
+    def __init__(self, *arguments: Any, up: LatentUpProjection, **options: Any) -> None:
+        super().__init__(*arguments, num_kv_heads=1, **options)
+        self._up = [up]  # in a list: not a second time among the model's parameters
 
-    def _load(self, param: nn.Parameter, loaded: Tensor) -> None:
-        rows = param.shape[0]
-        start = get_tensor_model_parallel_rank() * rows
-        param.data.copy_(loaded[start : start + rows])
-
-    def absorb_query(self, q_nope: Tensor) -> Tensor:
-        """(T, N, C) to the latent space: (T, N, R)."""
-        w_uk = self.weight.unflatten(0, (self.num_heads, -1))[:, : self.nope_dim]  # (N, C, R)
-        return torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
-
-    def expand_value(self, latent: Tensor) -> Tensor:
-        """(T, N, R) from the latent space: (T, N, V)."""
-        w_uv = self.weight.unflatten(0, (self.num_heads, -1))[:, self.nope_dim :]  # (N, V, R)
-        return torch.bmm(latent.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
-
-
-class LatentCacheAttention(Attention):
-    """Attention over cached latents: one KV head whose value is the head of its key."""
+    @property
+    def up(self) -> LatentUpProjection:
+        return self._up[0]
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         return MLAAttentionSpec(
@@ -77,6 +60,17 @@ class LatentCacheAttention(Attention):
             dtype=self.kv_cache_torch_dtype,
             cache_dtype_str=vllm_config.cache_config.cache_dtype,
         )
+
+    def attend(self, query: Tensor, key: Tensor) -> Tensor:
+        """``query`` (T, N, C + P) to the cache and ``key`` (T, R + P); returns (T, N, V)."""
+        output = query.new_empty(query.shape[0], self.num_heads, self.head_size_v)
+        key = key.unsqueeze(1)
+        if self.use_direct_call:
+            unified_attention_with_output(query, key, key, output, self.layer_name)
+        else:
+            name = _encode_layer_name(self.layer_name)
+            torch.ops.vllm.unified_attention_with_output(query, key, key, output, name)
+        return output
 
 
 class LatentAttention(nn.Module):
@@ -94,6 +88,7 @@ class LatentAttention(nn.Module):
         self.kv_lora_rank = edit.kv_lora_rank
         self.qk_nope_head_dim = edit.qk_nope_head_dim
         self.qk_rope_head_dim = edit.qk_rope_head_dim
+        self.v_head_dim = edit.v_head_dim
         self.has_q_lora = edit.q_lora_rank is not None
 
         q_width = total_heads * edit.qk_head_dim
@@ -125,9 +120,6 @@ class LatentAttention(nn.Module):
             prefix=f"{prefix}.kv_a_proj_with_mqa",
         )
         self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, eps=config.rms_norm_eps)
-        self.kv_b_proj = LatentUpProjection(
-            self.kv_lora_rank, self.num_heads, edit.qk_nope_head_dim, edit.v_head_dim
-        )
         self.o_proj = RowParallelLinear(
             total_heads * edit.v_head_dim,
             hidden,
@@ -141,16 +133,55 @@ class LatentAttention(nn.Module):
             max_position=config.max_position_embeddings,
             rope_parameters=config.rope_parameters,
         )
+        self._build_attention(vllm_config, edit, f"{prefix}.attn")
+
+    def _build_attention(self, vllm_config: VllmConfig, edit: AttentionEdit, prefix: str) -> None:
+        """``attn``, and ``kv_b_proj`` in the form that it wants."""
+        assert edit.qk_nope_head_dim and edit.v_head_dim
+        scale = edit.qk_head_dim**-0.5
+        backend = latent_backend(vllm_config, edit, self.num_heads)
+        shared: dict[str, Any] = {
+            "cache_config": vllm_config.cache_config,
+            "quant_config": vllm_config.quant_config,
+            "prefix": prefix,
+            "attn_backend": backend,
+        }
+        self.attn: LatentCacheAttention | MLAAttention
+        if backend.is_mla():
+            total_width = edit.qk_nope_head_dim + edit.v_head_dim
+            total_width *= self.num_heads * get_tensor_model_parallel_world_size()
+            self.kv_b_proj: nn.Module = ColumnParallelLinear(
+                self.kv_lora_rank,
+                total_width,
+                bias=False,
+                quant_config=None,
+                prefix=prefix.replace(".attn", ".kv_b_proj"),
+            )
+            self.attn = MLAAttention(
+                self.num_heads,
+                scale,
+                edit.qk_nope_head_dim,
+                self.qk_rope_head_dim,
+                edit.v_head_dim,
+                edit.q_lora_rank,
+                self.kv_lora_rank,
+                self.kv_b_proj,
+                **shared,
+            )
+            return
+        up = LatentUpProjection(
+            self.kv_lora_rank, self.num_heads, edit.qk_nope_head_dim, edit.v_head_dim
+        )
+        self.kv_b_proj = up
         self.attn = LatentCacheAttention(
             self.num_heads,
             self.kv_lora_rank + self.qk_rope_head_dim,
-            edit.qk_head_dim**-0.5,
-            num_kv_heads=1,
-            cache_config=vllm_config.cache_config,
-            quant_config=quant_config,
-            prefix=f"{prefix}.attn",
-            attn_backend=LatentTorchBackend,
-            head_size_v=self.kv_lora_rank,
+            scale,
+            up=up,
+            head_size_v=edit.v_head_dim,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+            **shared,
         )
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -167,15 +198,18 @@ class LatentAttention(nn.Module):
         latent, k_pe = kv_a.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         latent = self.kv_a_layernorm(latent.contiguous())
         q_pe, k_pe = self.rotary_emb(positions, q_pe.flatten(-2), k_pe.contiguous())
-
-        query = torch.cat(
-            [self.kv_b_proj.absorb_query(q_nope), q_pe.unflatten(-1, (self.num_heads, -1))], dim=-1
-        )  # (T, N, R + P)
-        key = torch.cat([latent, k_pe], dim=-1)  # (T, R + P)
-        attn = self.attn(query, key, latent).unflatten(-1, (self.num_heads, -1))  # (T, N, R)
-        output = self.kv_b_proj.expand_value(attn)  # (T, N, V)
+        query = torch.cat([q_nope, q_pe.unflatten(-1, (self.num_heads, -1))], dim=-1)
+        output = self._attend(query, latent, k_pe)  # (T, N, V)
         if self.g_proj is not None:
             gate, _ = self.g_proj(hidden_states)
             output = gated(output, gate)
         output, _ = self.o_proj(output.flatten(-2))
         return output
+
+    def _attend(self, query: Tensor, latent: Tensor, k_pe: Tensor) -> Tensor:
+        """(T, N, C + P) to (T, R) and (T, P); (T, N, V)."""
+        if isinstance(self.attn, LatentCacheAttention):
+            return self.attn.attend(query, torch.cat([latent, k_pe], dim=-1))
+        shape = torch.Size((query.shape[0], self.num_heads * self.v_head_dim))
+        output = self.attn(query, latent, k_pe.unsqueeze(1), output_shape=shape)
+        return output.unflatten(-1, (self.num_heads, -1))

@@ -12,9 +12,9 @@ from torch import Tensor
 from vllm_attnedit.ops import checks
 from vllm_attnedit.ops.checks import require
 from vllm_attnedit.ops.dispatch import implementation
-from vllm_attnedit.ops.mla_decode.selection import preferred_kernel
+from vllm_attnedit.ops.mla_decode.selection import engine_kernel, preferred_kernel
 
-__all__ = ["mla_decode", "preferred_kernel"]
+__all__ = ["engine_kernel", "mla_decode", "preferred_kernel"]
 
 #: Widest latent and RoPE part that a program's accumulators and tiles take.
 MAX_LORA_RANK = 512
