@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_attnedit.config import FULL, SLIDING
 from vllm_attnedit.errors import AttnEditError
@@ -61,6 +62,9 @@ def find_pack(vllm_config: VllmConfig, layer_types: Sequence[str], layer_idx: in
     if option not in ("separate", "packed"):
         raise AttnEditError(f"--additional-config {PAGES_OPTION}", option, "use separate or packed")
     if option == "separate":
+        return None
+    if current_platform.device_type == "npu":
+        logger.warning_once("Window pages are not packed: Ascend's attention takes whole pages.")
         return None
     size = pack_size(layer_types, vllm_config.parallel_config.pipeline_parallel_size)
     if isinstance(size, str):

@@ -28,7 +28,15 @@ BACKEND_OPTION = "attnedit_window_backend"
 """Key of vLLM's ``--additional-config``: ``auto`` (default), or ``stock`` as benchmarks' control:
 vLLM's own window attention and allocation, with the gate applied outside."""
 
+NPU = "npu"
+"""Ascend's ``device_type``, a platform that vLLM has no name for."""
+
 KERNEL_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
+
+
+def asks_for_stock(vllm_config: VllmConfig) -> bool:
+    """Whether the user wants vLLM's own window attention."""
+    return (vllm_config.additional_config or {}).get(BACKEND_OPTION) == "stock"
 
 
 def stock_reason(vllm_config: VllmConfig) -> str | None:
@@ -56,8 +64,29 @@ def stock_reason(vllm_config: VllmConfig) -> str | None:
         return "micro-batching is on, which reorders reads and writes"
     if current_platform.is_cuda():
         return kernel_reason(vllm_config)
+    if current_platform.device_type == NPU:
+        return ascend_reason(vllm_config)
     if not current_platform.is_cpu():
         return f"there is no window backend for {current_platform.device_type} yet"
+    return None
+
+
+def ascend_reason(vllm_config: VllmConfig) -> str | None:
+    """Why windows keep vLLM's allocation on Ascend; ``None`` if they need not.
+
+    Raises:
+        AttnEditError: for prefill context parallelism, which splits what a window backend reads.
+    """
+    ranks = vllm_config.parallel_config.prefill_context_parallel_size
+    if ranks > 1:
+        raise AttnEditError(
+            "--prefill-context-parallel-size", ranks, "use 1: window layers cannot be split over it"
+        )
+    if vllm_config.scheduler_config.async_scheduling:
+        return (
+            "vllm-ascend keeps the window blocks of steps in flight, which this project's "
+            "allocation would not; --no-async-scheduling allows it"
+        )
     return None
 
 
@@ -81,6 +110,15 @@ def kernel_reason(vllm_config: VllmConfig) -> str | None:
 def window_backend(vllm_config: VllmConfig) -> type[AttentionBackend] | None:
     """The backend of window layers here, or ``None`` for vLLM's own, with one log line."""
     reason = stock_reason(vllm_config)
+    if current_platform.device_type == NPU and not asks_for_stock(vllm_config):
+        from vllm_attnedit.backends.gateswa_ascend import GateSWAAscendBackend
+
+        # Never without its band mask: vllm-ascend's own keeps one key too many.
+        if reason is not None:
+            logger.warning_once(
+                "Window layers use vLLM's own allocation (more KV memory): %s.", reason
+            )
+        return GateSWAAscendBackend
     if reason is not None:
         logger.warning_once(
             "Window layers use vLLM's own attention and allocation (more KV memory): %s.", reason
@@ -129,6 +167,8 @@ class WindowAttention(Attention):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)
+        if stock_reason(vllm_config) is not None:
+            return spec
         assert isinstance(spec, SlidingWindowSpec)
         return GateSWASpec(
             block_size=spec.block_size,
