@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "gateswa": ("gateswa", {}),
     "gateswa-packed": ("gateswa", {"attnedit_window_pages": "packed"}),
     "mla": ("mla", {}),
+    "mla-attnedit": ("mla", {"attnedit_latent_backend": "attnedit"}),
 }
 WARM_STEPS = 16
 
