@@ -94,7 +94,7 @@ class FakeHost(Host):
         }
         if name == "interpreter":
             assert environ == {"TRITON_INTERPRET": "1"}
-        answer = self.answers.get(name, defaults[name])
+        answer = self.answers[name] if name in self.answers else defaults[name]
         if isinstance(answer, ProbeError):
             raise answer
         return answer
@@ -321,7 +321,8 @@ def test_report_and_exit_status(attnedit: Attnedit, monkeypatch: pytest.MonkeyPa
 def test_device_reaches_the_checks(attnedit: Attnedit, monkeypatch: pytest.MonkeyPatch) -> None:
     table = (("d", lambda host: Finding("ok", str(host.device))),)
     monkeypatch.setattr("vllm_attnedit.cli.doctor.CHECKS", table)
-    assert attnedit("doctor", "--device", "npu").out == "ok    d: npu\n"
+    monkeypatch.setattr("vllm_attnedit.cli.doctor.ASCEND_CHECKS", fixed(e=Finding("ok", "too")))
+    assert attnedit("doctor", "--device", "npu").out == "ok    d: npu\nok    e: too\n"
     assert attnedit("doctor").out == "ok    d: None\n"
     assert "--device: tpu: use one of cpu, cuda, npu" in attnedit.refused(
         "doctor", "--device", "tpu"

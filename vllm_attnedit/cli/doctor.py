@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_attnedit.doctor import CHECKS, DEVICES, Finding, Host
+from vllm_attnedit.doctor import ASCEND_CHECKS, CHECKS, DEVICES, Finding, Host
 from vllm_attnedit.errors import AttnEditError
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -40,7 +40,7 @@ def command(
 def _run(host: Host, *, quiet: bool) -> dict[str, Finding]:
     console = Console(quiet=quiet, highlight=False)
     findings = {}
-    for name, check in CHECKS:
+    for name, check in CHECKS + (ASCEND_CHECKS if host.device == "npu" else ()):
         with console.status(f"checking {name}"):
             finding = findings[name] = check(host)
         console.print(f"[{_COLOURS[finding.status]}]{finding.status:4}[/]", end="  ")

@@ -15,12 +15,20 @@ from vllm_attnedit.doctor.host import Host
 OWN_DISTRIBUTION = "vllm-attnedit"
 
 
-def unmet_requirement(host: Host, package: str) -> str | None:
-    """Which requirement of ours or of vLLM's an installed ``package`` misses, in words."""
+def unmet_requirement(host: Host, package: str, *, apart_from: str | None = None) -> str | None:
+    """Which requirement of ours or of vLLM's an installed ``package`` misses, in words.
+
+    Args:
+        host: this machine.
+        package: name of a distribution.
+        apart_from: a distribution whose word does not count.
+    """
     installed = host.version(package)
     if installed is None:
         return None
     for distribution in (OWN_DISTRIBUTION, *VLLM_DISTRIBUTIONS):
+        if distribution == apart_from:
+            continue
         for line in host.requirements(distribution):
             requirement = Requirement(line)
             if canonicalize_name(requirement.name) != package:
