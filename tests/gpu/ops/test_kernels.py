@@ -155,6 +155,7 @@ LATENT_CASES = [
         block=cycle(BLOCKS, index),
         dtype=dtype,
         gated=bool(index % 2),
+        normed=index % 4 == 2,
         requests=((1, 1), (64, 1), (65, 2), (0, 0), (3000, 1), (900, 4)),
         fp8=dtype != "fp32" and index % 5 == 0,
         seed=index,
@@ -183,6 +184,7 @@ EXPANDED_CASES = [
         dtype=dtype,
         gate=cycle(GATES, index // 2),
         causal=index % 4 != 3,
+        normed=index % 5 == 2,
         requests=((1, 1), (300, 7), (0, 0), (333, 333), (700, 130)),
         seed=index,
     )

@@ -119,6 +119,7 @@ class LatentCase:
     block: int = 16
     dtype: str = "fp32"
     gated: bool = False
+    normed: bool = False  # keys carry a factor for each head
     requests: tuple[tuple[int, int], ...] = ((1, 1), (5, 1), (40, 1), (0, 0), (77, 1))
     fp8: bool = False
     seed: int = 0
@@ -126,6 +127,7 @@ class LatentCase:
 
     def __str__(self) -> str:
         shown = f"r{self.rank}+{self.rope}-h{self.heads}-b{self.block}-{self.dtype}"
+        shown += "-normed" if self.normed else ""
         return shown + ("-gated" if self.gated else "") + ("-fp8" if self.fp8 else "")
 
 
@@ -158,6 +160,12 @@ def latent_decode_error(case: LatentCase, device: str = "cpu") -> float:
         "workspace": None,
     }
     launch = config.LatentConfig(**case.config) if case.config else None
+    key_scale = None
+    if case.normed:
+        rng = torch.Generator(device).manual_seed(case.seed)
+        slots = batch.key_cache.shape[:2]
+        key_scale = torch.rand(*slots, case.heads + 3, generator=rng, device=device) + 0.5
+        key_scale = key_scale[..., 2:-1]
 
     def call(module: Any, data: PagedBatch, out: Tensor, **more: Any) -> Tensor:
         result: Tensor = module.mla_decode(
@@ -170,6 +178,7 @@ def latent_decode_error(case: LatentCase, device: str = "cpu") -> float:
             **arguments,
             gate=data.gate,
             kv_scale=data.k_scale,
+            key_scale=key_scale,
             out=out,
             **more,
         )
@@ -197,12 +206,14 @@ class ExpandedCase:
     dtype: str = "fp32"
     gate: str | None = None
     causal: bool = True
+    normed: bool = False
     requests: tuple[tuple[int, int], ...] = ((1, 1), (40, 7), (0, 0), (33, 33))
     seed: int = 0
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         shown = f"c{self.nope}+{self.rope}-v{self.value}-h{self.heads}-{self.dtype}"
+        shown += "-normed" if self.normed else ""
         return f"{shown}-{self.gate or 'nogate'}" + ("" if self.causal else "-full")
 
 
@@ -240,9 +251,14 @@ def latent_prefill_error(case: ExpandedCase, device: str = "cpu") -> float:
             gate=cast(gate) if gate is not None else None,
             out=out,
             lse=lse,
+            key_scale=key_scale,
             **more,
         )
 
+    key_scale = None
+    if case.normed:
+        factors = torch.rand(int(keys[-1]), case.heads + 2, generator=rng, device=device) + 0.5
+        key_scale = factors[:, 1:-1]
     launch = kernel.ExpandedConfig(**case.config) if case.config else None
     lse = poisoned((tokens, case.heads), torch.float32, device)
     out = _twice(

@@ -41,6 +41,7 @@ POINTERS = {
     "k_scale_ptr": "*fp32",
     "v_scale_ptr": "*fp32",
     "kv_scale_ptr": "*fp32",
+    "key_scale_ptr": "*fp32",
     "slot_ptr": "*i64",
     "position_ptr": "*i64",
 }
@@ -134,8 +135,9 @@ def test_gateswa_prefill(window):
     check(prefill_kernel, {**WINDOW, **launch}, warps=config.warps, registers=config.registers)
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("batch", [1, 64])
-def test_mla_decode(batch):
+def test_mla_decode(batch, normed):
     config = latent_config(
         num_heads=32,
         max_query_len=1,
@@ -149,6 +151,8 @@ def test_mla_decode(batch):
     launch = {
         "STRIDE_BLOCK": 64 * 576,
         "STRIDE_TOKEN": 576,
+        "STRIDE_SCALE_BLOCK": 64 * 320,
+        "STRIDE_SCALE_TOKEN": 320,
         "HEADS": 32,
         "RANK": 512,
         "PADDED_RANK": 512,
@@ -162,11 +166,13 @@ def test_mla_decode(batch):
         "QUERY_TILES": 1,
         "STAGES": config.stages,
         "ALIGNED": config.aligned,
+        **({} if normed else {"key_scale_ptr": None}),
     }
     check(latent_kernel, launch, warps=config.warps)
 
 
-def test_mla_prefill():
+@pytest.mark.parametrize("normed", [False, True])
+def test_mla_prefill(normed):
     config = expanded_config(width=128, itemsize=2)
     launch = {
         "HEADS": 32,
@@ -178,6 +184,7 @@ def test_mla_prefill():
         "ROWS": config.rows,
         "TILE": config.tile,
         "STAGES": config.stages,
+        **({} if normed else {"key_scale_ptr": None}),
     }
     check(expanded_kernel, launch, warps=config.warps)
 

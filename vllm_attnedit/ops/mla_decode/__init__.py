@@ -7,6 +7,7 @@ Shapes: T tokens, R requests, N heads, C kv_lora_rank, P qk_rope_head_dim.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vllm_attnedit.ops import checks
@@ -35,6 +36,7 @@ def mla_decode(
     gate: Tensor | None = None,
     out: Tensor | None = None,
     kv_scale: Tensor | None = None,
+    key_scale: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
     """Attend from the last tokens of each request to all its tokens up to each of them.
@@ -58,6 +60,8 @@ def mla_decode(
             expanded output: apply it there with :mod:`vllm_attnedit.ops.sigmoid_gate`.
         out: ``(T, N, C)`` like q_latent, written in place; None for a new one.
         kv_scale: one float32, factor of the entries of an FP8 cache.
+        key_scale: ``(num_blocks, block_size, N)`` float32, a factor of each key's scores by head: the
+            inverse root mean square of a per-head norm. Any strides but a contiguous last axis.
         workspace: float32 scratch for sequences that several programs share; None for a new one.
             Either way its size follows from shapes and bounds, so that a CUDA graph can be
             captured.
@@ -100,6 +104,16 @@ def mla_decode(
     checks.check_batch(block_table, seq_lens, query_start_loc, q_latent)
     checks.check_gate(gate, q_latent, rank, elementwise=False)
     checks.check_scale(kv_scale, kv_cache, "kv_scale")
+    if key_scale is not None:
+        expected = (*kv_cache.shape[:2], heads)
+        require(
+            key_scale.dtype == torch.float32 and tuple(key_scale.shape) == expected,
+            "key_scale",
+            f"{key_scale.dtype} {tuple(key_scale.shape)}",
+            f"pass float32 {expected}",
+        )
+        checks.check_device(key_scale, q_latent, "key_scale")
+        checks.check_adjacent(key_scale, "key_scale")
     require(max_query_len >= 1, "max_query_len", max_query_len, "pass at least 1")
     require(max_seq_len >= 1, "max_seq_len", max_seq_len, "pass at least 1")
     out = checks.prepare_out(out, (tokens, heads, rank), q_latent)
@@ -119,5 +133,6 @@ def mla_decode(
         out=out,
         kv_scale=kv_scale,
         workspace=workspace,
+        key_scale=key_scale,
     )
     return result

@@ -30,6 +30,7 @@ def latent_kernel(
     partial_ptr,
     partial_lse_ptr,
     kv_scale_ptr,
+    key_scale_ptr,
     scale,
     num_tasks,
     num_tokens,
@@ -43,6 +44,8 @@ def latent_kernel(
     stride_out_head,
     STRIDE_BLOCK: tl.constexpr,
     STRIDE_TOKEN: tl.constexpr,
+    STRIDE_SCALE_BLOCK: tl.constexpr,
+    STRIDE_SCALE_TOKEN: tl.constexpr,
     HEADS: tl.constexpr,
     RANK: tl.constexpr,
     PADDED_RANK: tl.constexpr,
@@ -134,6 +137,13 @@ def latent_kernel(
                 ).to(q_latent.dtype)
                 scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
                 scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision="ieee")
+                if key_scale_ptr is not None:
+                    of_key = block * STRIDE_SCALE_BLOCK + slot * STRIDE_SCALE_TOKEN
+                    scores *= tl.load(
+                        key_scale_ptr + of_key[None, :] + head[:, None],
+                        mask=row_ok[:, None] & key_ok[None, :],
+                        other=0.0,
+                    )
                 visible = key_ok[None, :] & (pos[None, :] <= position[:, None])
                 scores = tl.where(visible, scores * qk_scale, MASKED)
                 weights, decay, running_max, running_sum = online_softmax(

@@ -27,6 +27,7 @@ def mla_decode(
     out: Tensor,
     kv_scale: Tensor | None,
     workspace: Tensor | None,
+    key_scale: Tensor | None = None,
 ) -> Tensor:
     """See :func:`vllm_attnedit.ops.mla_decode.mla_decode`."""
     wide = torch.promote_types(q_latent.dtype, torch.float32)
@@ -35,6 +36,9 @@ def mla_decode(
     for request, length in enumerate(lengths):
         first, last = starts[request], starts[request + 1]
         entries = read_pages(kv_cache, block_table[request], torch.arange(length), wide, kv_scale)
+        factors = None
+        if key_scale is not None:
+            factors = read_pages(key_scale, block_table[request], torch.arange(length), wide)
         for token in range(first, last):
             # The number of keys this token sees, itself included.
             seen = length - (last - token) + 1
@@ -42,7 +46,10 @@ def mla_decode(
                 out[token] = 0
                 continue
             query = torch.cat([q_latent[token], q_rope[token]], dim=-1).to(wide)
-            probabilities = (query @ entries[:seen].T).mul(scale).softmax(-1)
+            scores = (query @ entries[:seen].T).mul(scale)
+            if factors is not None:
+                scores *= factors[:seen].T
+            probabilities = scores.softmax(-1)
             # One KV head whose value is the first part of its key.
             out[token] = (probabilities @ entries[:seen, :rank]).to(out.dtype)
     if gate is not None:

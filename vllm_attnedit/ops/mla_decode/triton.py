@@ -30,6 +30,7 @@ def mla_decode(
     out: Tensor,
     kv_scale: Tensor | None,
     workspace: Tensor | None,
+    key_scale: Tensor | None = None,
     config: LatentConfig | None = None,
 ) -> Tensor:
     """See :func:`vllm_attnedit.ops.mla_decode.mla_decode`.
@@ -70,6 +71,7 @@ def mla_decode(
             partial,
             partial_lse,
             kv_scale,
+            key_scale,
             scale * LOG2E,
             num_tasks,
             tokens,
@@ -82,6 +84,7 @@ def mla_decode(
             out.stride(0),
             out.stride(1),
             *kv_cache.stride()[:2],
+            *(key_scale.stride()[:2] if key_scale is not None else (0, 0)),
             HEADS=heads,
             RANK=rank,
             PADDED_RANK=padded,

@@ -32,6 +32,7 @@ def mla_prefill(
     gate: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    key_scale: Tensor | None = None,
 ) -> Tensor:
     """Attend from the query tokens of each request to its key tokens.
 
@@ -56,6 +57,9 @@ def mla_prefill(
             sees no key.
         lse: ``(T, N)`` float32, takes the natural logarithm of each softmax's denominator; minus
             infinity where a query sees no key. The gate does not enter it.
+
+        key_scale: ``(S, N)`` float32, a factor of each key's scores by head: the inverse root mean
+            square of a per-head norm. Any strides but a contiguous last axis.
 
     Returns:
         ``out``.
@@ -94,6 +98,15 @@ def mla_prefill(
         )
         checks.check_device(lse, q_nope, "lse")
         checks.check_adjacent(lse, "lse")
+    if key_scale is not None:
+        require(
+            tuple(key_scale.shape) == (keys, heads) and key_scale.dtype == torch.float32,
+            "key_scale",
+            f"{key_scale.dtype} {tuple(key_scale.shape)}",
+            f"pass float32 {(keys, heads)}",
+        )
+        checks.check_device(key_scale, q_nope, "key_scale")
+        checks.check_adjacent(key_scale, "key_scale")
     if tokens == 0:
         return out
     result: Tensor = implementation("mla_prefill", q_nope.device).mla_prefill(
@@ -109,5 +122,6 @@ def mla_prefill(
         gate=gate,
         out=out,
         lse=lse,
+        key_scale=key_scale,
     )
     return result

@@ -24,6 +24,7 @@ def _attend(
     k_nope_base,
     k_rope_base,
     v_base,
+    key_scale_ptr,
     begin,
     end,
     limit,
@@ -34,6 +35,7 @@ def _attend(
     stride_k_nope_token,
     stride_k_rope_token,
     stride_v_token,
+    stride_key_scale,
     NOPE: tl.constexpr,
     PADDED_NOPE: tl.constexpr,
     ROPE: tl.constexpr,
@@ -70,6 +72,11 @@ def _attend(
         scores = tl.dot(q_nope, tl.trans(k_nope), input_precision="ieee")
         scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision="ieee")
         scores *= scale
+        if key_scale_ptr is not None:
+            factor = tl.load(
+                key_scale_ptr + pos.to(tl.int64) * stride_key_scale, mask=key_ok, other=0.0
+            )
+            scores *= factor[None, :]
         if not FULL:
             visible = key_ok[None, :] & (pos[None, :] <= limit[:, None])
             scores = tl.where(visible, scores, MASKED)
@@ -91,6 +98,7 @@ def expanded_kernel(
     gate_ptr,
     out_ptr,
     lse_ptr,
+    key_scale_ptr,
     scale,
     num_requests,
     num_tasks,
@@ -107,6 +115,7 @@ def expanded_kernel(
     stride_out_token,
     stride_out_head,
     stride_lse,
+    stride_key_scale,
     HEADS: tl.constexpr,
     NOPE: tl.constexpr,
     PADDED_NOPE: tl.constexpr,
@@ -157,6 +166,9 @@ def expanded_kernel(
             )
             k_nope_base = k_nope_ptr + key_start * stride_k_nope_token + head * stride_k_nope_head
             k_rope_base = k_rope_ptr + key_start * stride_k_rope_token
+            key_scale_base = None
+            if key_scale_ptr is not None:
+                key_scale_base = key_scale_ptr + key_start * stride_key_scale + head
             v_base = v_ptr + key_start * stride_v_token + head * stride_v_head
             running_max = tl.full([ROWS], -1e30, tl.float32)
             running_sum = tl.zeros([ROWS], tl.float32)
@@ -176,6 +188,7 @@ def expanded_kernel(
                 k_nope_base,
                 k_rope_base,
                 v_base,
+                key_scale_base,
                 0,
                 full,
                 limit,
@@ -186,6 +199,7 @@ def expanded_kernel(
                 stride_k_nope_token,
                 stride_k_rope_token,
                 stride_v_token,
+                stride_key_scale,
                 NOPE,
                 PADDED_NOPE,
                 ROPE,
@@ -202,6 +216,7 @@ def expanded_kernel(
                 k_nope_base,
                 k_rope_base,
                 v_base,
+                key_scale_base,
                 full,
                 end,
                 limit,
@@ -212,6 +227,7 @@ def expanded_kernel(
                 stride_k_nope_token,
                 stride_k_rope_token,
                 stride_v_token,
+                stride_key_scale,
                 NOPE,
                 PADDED_NOPE,
                 ROPE,

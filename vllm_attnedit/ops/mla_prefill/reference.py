@@ -25,6 +25,7 @@ def mla_prefill(
     gate: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
+    key_scale: Tensor | None = None,
 ) -> Tensor:
     """See :func:`vllm_attnedit.ops.mla_prefill.mla_prefill`."""
     wide = torch.promote_types(q_nope.dtype, torch.float32)
@@ -35,6 +36,8 @@ def mla_prefill(
         scores = torch.einsum("qnc,knc->nqk", q_nope[queries].to(wide), k_nope[keys].to(wide))
         scores += torch.einsum("qnp,kp->nqk", q_rope[queries].to(wide), k_rope[keys].to(wide))
         scores *= scale
+        if key_scale is not None:
+            scores *= key_scale[keys].to(wide).T[:, None]
         if causal:
             # The last query sees the last key.
             shift = (keys.stop - keys.start) - (queries.stop - queries.start)

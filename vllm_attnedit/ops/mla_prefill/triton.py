@@ -58,6 +58,7 @@ def mla_prefill(
     gate: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
+    key_scale: Tensor | None = None,
     config: ExpandedConfig | None = None,
 ) -> Tensor:
     """See :func:`vllm_attnedit.ops.mla_prefill.mla_prefill`.
@@ -85,6 +86,7 @@ def mla_prefill(
             gate,
             out,
             lse,
+            key_scale,
             scale * LOG2E,
             requests,
             num_tasks,
@@ -101,6 +103,7 @@ def mla_prefill(
             out.stride(0),
             out.stride(1),
             lse.stride(0) if lse is not None else 0,
+            key_scale.stride(0) if key_scale is not None else 0,
             HEADS=heads,
             NOPE=nope,
             PADDED_NOPE=padded_nope,
