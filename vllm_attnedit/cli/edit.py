@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +20,14 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
+from vllm_attnedit.cli.edit_report import print_report
 from vllm_attnedit.cli.quantities import format_bytes
 from vllm_attnedit.edit import (
     Calibration,
     EditPlan,
-    EditReport,
     apply_edit,
+    compact_edit,
     edit_checkpoint,
     parse_full_layers,
     save_edit,
@@ -122,6 +121,14 @@ def command(
     only_save_edit: Annotated[
         bool, typer.Option("--save-edit", help="Write the edit of an edited folder into a file.")
     ] = False,
+    compact: Annotated[
+        Path | None,
+        typer.Option(
+            "--compact-edit",
+            help="Write this saved GateSWA edit as int8 differences from the teacher's attention: "
+            "half the size.",
+        ),
+    ] = None,
 ) -> None:
     """Replace a teacher's attention by GateSWA or MLA, layer by layer.
 
@@ -130,11 +137,24 @@ def command(
     again.
     """
     console = Console(highlight=False, soft_wrap=True)
-    if only_save_edit or from_edit is not None:
-        if target is not None or (only_save_edit and from_edit is not None):
-            option = "--target" if target is not None else "--from-edit"
-            other = "--save-edit" if only_save_edit else "--from-edit"
-            raise AttnEditError(option, target or from_edit, f"leave it out, or {other}")
+    chosen = [
+        option
+        for option, given in (
+            ("--save-edit", only_save_edit),
+            ("--from-edit", from_edit is not None),
+            ("--compact-edit", compact is not None),
+        )
+        if given
+    ]
+    if chosen:
+        if target is not None:
+            raise AttnEditError("--target", target, f"leave it out, or {chosen[0]}")
+        if len(chosen) > 1:
+            raise AttnEditError(chosen[1], from_edit or compact, f"leave it out, or {chosen[0]}")
+        if compact is not None:
+            nbytes = compact_edit(teacher, compact, out, revision=revision)
+            console.print(f"{out}: {compact.name} as int8 differences, {format_bytes(nbytes)}")
+            return
         if only_save_edit:
             nbytes = save_edit(teacher, out)
             console.print(f"{out}: the edit alone, {format_bytes(nbytes)}")
@@ -220,31 +240,3 @@ def _shown_on(bar: Progress) -> Callable[[str, int, int], None]:
         bar.update(task, description=step, completed=done, total=total)
 
     return show
-
-
-def print_report(report: EditReport, console: Console) -> None:
-    """What was made: attention by kind, and for MLA the energy each layer keeps."""
-    config = report.config
-    origin = config.provenance["teacher"]
-    console.print(f"[bold]{report.out}[/bold]: {origin} edited, {format_bytes(report.nbytes)}")
-    window = config.edit.sliding_window
-    counts = Counter(config.edit.layer_types)
-    for kind, count in counts.items():
-        reach = f", window {window}" if kind == "sliding_attention" else ""
-        console.print(f"  {count} {kind} layers{reach}")
-    console.print(f"  gate: {config.edit.gate or 'none'}, init: {config.provenance['init']}")
-    if not report.energy:
-        return
-    table = Table("layer", "keys kept", "values kept")
-    for layer in report.energy:
-        table.add_row(str(layer.layer), f"{layer.key:.2%}", f"{layer.value:.2%}")
-    mean = config.provenance["energy_kept"]
-    table.add_section()
-    table.add_row("mean", f"{mean['key']:.2%}", f"{mean['value']:.2%}")
-    for column in table.columns:
-        column.justify = "right"
-    console.print(table)
-    console.print(
-        f"  latent {config.edit.kv_lora_rank} + RoPE key {config.edit.qk_rope_head_dim}: share of "
-        "the teacher's key and value energy that they can express, rotation lost not counted"
-    )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_attnedit.edit.calibration import Calibration
     from vllm_attnedit.edit.convert import EditReport, edit_checkpoint
-    from vllm_attnedit.edit.edits import apply_edit, save_edit
+    from vllm_attnedit.edit.edits import apply_edit, compact_edit, save_edit
     from vllm_attnedit.edit.latent import EnergyKept
     from vllm_attnedit.edit.patterns import EditPlan, parse_full_layers
 
@@ -23,6 +23,7 @@ _MODULE_OF = {
     "EditReport": "convert",
     "EnergyKept": "latent",
     "apply_edit": "edits",
+    "compact_edit": "edits",
     "edit_checkpoint": "convert",
     "parse_full_layers": "patterns",
     "save_edit": "edits",
@@ -34,6 +35,7 @@ __all__ = [
     "EditReport",
     "EnergyKept",
     "apply_edit",
+    "compact_edit",
     "edit_checkpoint",
     "parse_full_layers",
     "save_edit",

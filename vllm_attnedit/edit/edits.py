@@ -8,20 +8,24 @@ That it meets the right teacher is checked by shapes and by the fingerprint of a
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from vllm_attnedit.checkpoint import load_config
 from vllm_attnedit.config import AttnEditConfig
+from vllm_attnedit.edit import compact
 from vllm_attnedit.edit.assembly import (
     Assembly,
     Progress,
+    Shards,
     plan_shards,
     planned_dtypes,
     silent,
 )
 from vllm_attnedit.edit.layout import (
+    Shape,
     check_tensors,
     edited_attention,
     is_attention,
@@ -30,7 +34,7 @@ from vllm_attnedit.edit.layout import (
 from vllm_attnedit.edit.output import check_output, output_file, output_folder
 from vllm_attnedit.edit.provenance import fingerprint
 from vllm_attnedit.edit.store import SafetensorsStore
-from vllm_attnedit.edit.teacher import open_teacher
+from vllm_attnedit.edit.teacher import Teacher, open_teacher
 from vllm_attnedit.edit.writer import PlannedTensor, ShardWriter, write_index
 from vllm_attnedit.errors import AttnEditError
 
@@ -110,7 +114,7 @@ def apply_edit(
 
     Args:
         teacher: the one that the edit was made for: folder, hub id or ``.gguf`` file.
-        edit_file: from :func:`save_edit`.
+        edit_file: from :func:`save_edit` or :func:`compact_edit`.
         out: folder to make; must be new or empty.
         revision: of a hub repository.
         progress: called after every tensor.
@@ -118,38 +122,104 @@ def apply_edit(
     Raises:
         AttnEditError: if the edit belongs to another teacher, or anything is missing.
     """
-    edit_path, out = Path(edit_file), Path(out)
+    out = Path(out)
     check_output(out)
-    if not edit_path.is_file():
-        raise AttnEditError("--from-edit", edit_path, f"no such file; {_FIX_FORMAT}")
-    edit = SafetensorsStore(edit_path.parent, edit_path.name)
-    metadata = edit.metadata()
-    if metadata.get("attnedit_format") != FORMAT:
-        raise AttnEditError("--from-edit", edit_path, f"not a saved edit; {_FIX_FORMAT}")
-    config = AttnEditConfig.from_dict(json.loads(metadata["config"]))
-    layers = [edited_attention(config, i) for i in range(config.num_hidden_layers)]
-    check_tensors(edit.tensors, {k: s for shapes in layers for k, s in shapes.items()}, "the edit")
+    saved = _open_edit(edit_file, "--from-edit", (FORMAT, compact.FORMAT))
+    config, layers = saved.config, saved.layers
+    small = None
+    if saved.metadata["attnedit_format"] == compact.FORMAT:
+        small = compact.CompactEdit(saved.store, config, layers)
+    held = saved.store.tensors if small is None else small.tensors
+    check_tensors(held, {k: s for shapes in layers for k, s in shapes.items()}, "the edit")
     with open_teacher(teacher, revision) as opened:
-        expected = teacher_tensors(opened.config)
-        check_tensors(opened.store.tensors, expected, "the teacher")
-        dtype = getattr(torch, metadata["dtype"]) if metadata["dtype"] else None
-        fix = f"apply this edit to its own teacher, {config.provenance.get('teacher', 'unknown')}"
-        if teacher_tensors(config.teacher_config()) != expected:
-            raise AttnEditError("TEACHER", f"{opened.name}: other dimensions", fix)
-        own = {name: info.dtype for name, info in edit.tensors.items()}
-        shards = plan_shards(opened.store, list(expected), layers, dtype, own)
-        found = fingerprint(opened.store, list(expected), planned_dtypes(shards))
-        if found != metadata["teacher_fingerprint"]:
-            raise AttnEditError("TEACHER", f"{opened.name}: other weights", fix)
+        shards = _check_teacher(opened, saved, {name: info.dtype for name, info in held.items()})
         nbytes = sum(tensor.nbytes for shard in shards for tensor in shard)
         with output_folder(out, nbytes) as folder:
             with Assembly(folder, shards, progress) as assembly:
                 for layer, shapes in enumerate(layers):
+                    step = f"layer {layer + 1}/{len(layers)}"
+                    if small is not None:
+                        assembly.write_all(small.layer(layer, shapes, opened.store), step)
+                        continue
                     for name in shapes:
-                        assembly.write(name, edit.load(name), f"layer {layer + 1}/{len(layers)}")
+                        assembly.write(name, saved.store.load(name), step)
+                if small is not None:
+                    small.check(opened.name, saved.fix)
                 assembly.copy_unedited(opened.store)
             write_index(folder, shards)
             opened.copy_files(folder)
             config.save_pretrained(folder)
-    edit.close()
+    saved.store.close()
     return config
+
+
+def compact_edit(
+    teacher: str | Path, edit_file: str | Path, out: str | Path, *, revision: str | None = None
+) -> int:
+    """Write a saved edit as int8 differences from the teacher's attention; returns its bytes.
+
+    Args:
+        teacher: the one that the edit was made for: folder, hub id or ``.gguf`` file.
+        edit_file: from :func:`save_edit`, of a GateSWA model.
+        out: file to make.
+        revision: of a hub repository.
+
+    Raises:
+        AttnEditError: if the edit belongs to another teacher, or is not of GateSWA.
+    """
+    saved = _open_edit(edit_file, "--compact-edit", (FORMAT,))
+    shapes = {name: shape for layer in saved.layers for name, shape in layer.items()}
+    check_tensors(saved.store.tensors, shapes, "the edit")
+    with open_teacher(teacher, revision) as opened:
+        _check_teacher(opened, saved, {n: info.dtype for n, info in saved.store.tensors.items()})
+        nbytes = compact.write_compact(
+            saved.store, saved.metadata, saved.config, saved.layers, opened.store, Path(out)
+        )
+    saved.store.close()
+    return nbytes
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The file of an edit, opened."""
+
+    store: SafetensorsStore
+    metadata: dict[str, str]
+    config: AttnEditConfig
+
+    @property
+    def layers(self) -> list[dict[str, Shape]]:
+        """Attention tensors of each layer, by full name."""
+        return [edited_attention(self.config, i) for i in range(self.config.num_hidden_layers)]
+
+    @property
+    def fix(self) -> str:
+        """What to do about a teacher that it does not belong to."""
+        name = self.config.provenance.get("teacher", "unknown")
+        return f"apply this edit to its own teacher, {name}"
+
+
+def _open_edit(path: str | Path, option: str, formats: tuple[str, ...]) -> _Saved:
+    path = Path(path)
+    if not path.is_file():
+        raise AttnEditError(option, path, f"no such file; {_FIX_FORMAT}")
+    store = SafetensorsStore(path.parent, path.name)
+    metadata = store.metadata()
+    if metadata.get("attnedit_format") not in formats:
+        raise AttnEditError(option, path, f"not a saved edit; {_FIX_FORMAT}")
+    return _Saved(store, metadata, AttnEditConfig.from_dict(json.loads(metadata["config"])))
+
+
+def _check_teacher(teacher: Teacher, saved: _Saved, dtypes: dict[str, torch.dtype]) -> Shards:
+    """The files of the edited checkpoint, once the teacher is known to be the edit's own."""
+    expected = teacher_tensors(teacher.config)
+    check_tensors(teacher.store.tensors, expected, "the teacher")
+    if teacher_tensors(saved.config.teacher_config()) != expected:
+        raise AttnEditError("TEACHER", f"{teacher.name}: other dimensions", saved.fix)
+    named = saved.metadata["dtype"]
+    dtype = getattr(torch, named) if named else None
+    shards = plan_shards(teacher.store, list(expected), saved.layers, dtype, dtypes)
+    found = fingerprint(teacher.store, list(expected), planned_dtypes(shards))
+    if found != saved.metadata["teacher_fingerprint"]:
+        raise AttnEditError("TEACHER", f"{teacher.name}: other weights", saved.fix)
+    return shards

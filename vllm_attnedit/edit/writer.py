@@ -21,7 +21,12 @@ from torch import Tensor
 from vllm_attnedit.edit.store import INDEX_FILE, SINGLE_FILE, is_finite, not_finite
 from vllm_attnedit.errors import AttnEditError
 
-_CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_CODES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int8: "I8",
+}
 
 
 @dataclass(frozen=True)
