@@ -75,7 +75,7 @@ def test_under_pressure(
 ):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     prompts = random_prompts(LENGTHS)
-    pressure = {"num_gpu_blocks_override": 32 if pages else 110, "max_model_len": 400}
+    pressure = {"num_gpu_blocks_override": 32 if pages else 72, "max_model_len": 400}
     with engine(tiny_edited_checkpoint(model, tmp_path), **pressure, **pages) as llm:
         outputs = generate(llm, prompts, STEPS)
         assert metric(llm, "vllm:num_preemptions") > 0

@@ -106,6 +106,7 @@ class GateSWAImpl(AttentionImpl[GateSWAMetadata]):
         kv_cache_dtype: str = "auto",
         *unused: Any,
         first_kv_head: int = 0,
+        **unused_options: Any,
     ) -> None:
         assert sliding_window is not None and sliding_window >= 1
         self.num_heads = num_heads

@@ -13,8 +13,14 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from vllm_attnedit.backends.gateswa_triton import GateSWAImpl, GateSWAMetadata
+from vllm_attnedit.backends.gateswa_triton import (
+    GateSWAImpl,
+    GateSWAMetadata,
+    GateSWATritonBackend,
+)
 from vllm_attnedit.backends.prologue import Prologue, can_rotate
+from vllm_attnedit.layers.packing import Pack
+from vllm_attnedit.layers.window import WindowAttention
 
 N, K, D, B, W = 4, 2, 32, 16, 20
 PACK = 3  # layers in a page, of which this one is the second
@@ -157,6 +163,27 @@ def test_a_chunk_reads_the_old_tail_before_the_new_one_takes_its_blocks(
     for a, b in zip([*first, *second], expected, strict=True):
         torch.testing.assert_close(a, b)
     assert reused.cache[0].isnan().all()  # nothing goes to the null block
+
+
+def test_vllms_layer_builds_it(modules: dict[str, Any]):
+    """vLLM passes options of its own along, by position and by name."""
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        layers = [
+            WindowAttention(
+                N, D, D**-0.5, num_kv_heads=K, layer_idx=i, prefix=f"model.layers.{i}.attn",
+                pack=Pack(holder=0, slot=i, size=2), prologue=Prologue(modules["rotary_emb"]),
+                cache_config=config.cache_config, per_layer_sliding_window=W,
+                attn_backend=GateSWATritonBackend,
+            )
+            for i in range(2)
+        ]  # fmt: skip
+    assert [layer.impl.kv_heads for layer in layers] == [slice(0, K), slice(K, 2 * K)]
+    assert [layer.impl.sliding_window for layer in layers] == [W, W]
+    assert layers[0].kv_sharing_target_layer_name is None
+    assert layers[1].kv_sharing_target_layer_name == "model.layers.0.attn"
+    # The prologue's modules are not the layer's own: checkpoints name their tensors once.
+    assert not [name for name, _ in layers[0].named_parameters()]
 
 
 def test_only_a_rotation_by_table_is_taken_over(modules: dict[str, Any]):
