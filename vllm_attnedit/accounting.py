@@ -5,7 +5,8 @@ a plain teacher's transformers configuration (of a supported family). Memory is 
 
 A full layer caches ``2 x num_key_value_heads x head_dim`` elements for every token. A window layer
 caches as much, for the last ``sliding_window`` tokens of a request only. A latent layer caches
-``kv_lora_rank + qk_rope_head_dim`` elements for every token, once for all its heads.
+``kv_lora_rank + qk_rope_head_dim`` elements for every token, once for all its heads, and with
+per-head norms one float32 a head.
 
 Under tensor parallelism KV heads are sharded, at least one to a GPU, while a latent has no heads
 to shard and stands whole on every GPU. So MLA, which caches less in total, can hold *more* per GPU
@@ -36,16 +37,23 @@ class LayerKV:
         heads: KV heads to shard over tensor-parallel ranks; ``None`` for a latent, which is
             replicated.
         window: most tokens a request ever needs to hold here; ``None`` without a bound.
+        factors: float32 factors a token, one a query head and sharded, beside a latent whose keys
+            keep their per-head norm.
     """
 
     layer_type: str
     width: int
     heads: int | None
     window: int | None = None
+    factors: int = 0
 
-    def elements_per_token(self, tp: int = 1) -> int:
-        """Elements a cached token takes on one of ``tp`` GPUs (which must fit ``heads``)."""
-        return self.width if self.heads is None else self.width * max(1, self.heads // tp)
+    def bytes_per_token(self, itemsize: int, tp: int = 1) -> int:
+        """Bytes a cached token takes on one of ``tp`` GPUs (which must fit ``heads``).
+
+        ``itemsize`` is that of an element, in bytes.
+        """
+        heads = 1 if self.heads is None else max(1, self.heads // tp)
+        return self.width * heads * itemsize + 4 * self.factors // tp
 
     def tokens_held(self, length: int, block_size: int | None = None) -> int:
         """Tokens held for a request that has reached ``length`` tokens.
@@ -83,7 +91,9 @@ def kv_layers(config: Any) -> tuple[LayerKV, ...]:
 
     def layer(layer_type: str) -> LayerKV:
         if layer_type == "latent_attention":
-            return LayerKV(layer_type, edit["kv_lora_rank"] + edit["qk_rope_head_dim"], heads=None)
+            width = edit["kv_lora_rank"] + edit["qk_rope_head_dim"]
+            factors = heads if edit.get("qk_norm") else 0
+            return LayerKV(layer_type, width, heads=None, factors=factors)
         sliding = layer_type == "sliding_attention" and window is not None
         return LayerKV(
             "sliding_attention" if sliding else "full_attention",
@@ -233,12 +243,13 @@ def _most_loaded_stage(
         raise AttnEditError("kv_dtype", kv_dtype, f"use one of {', '.join(KV_DTYPE_BYTES)}")
     check_tp(config, tp)
     layers = kv_layers(config)
+    itemsize = KV_DTYPE_BYTES[kv_dtype]
     stages, start = [], 0
     for size in stage_sizes(len(layers), pp):
         stage = layers[start : start + size]
-        stages.append(sum(layer.elements_per_token(tp) * tokens(layer) for layer in stage))
+        stages.append(sum(layer.bytes_per_token(itemsize, tp) * tokens(layer) for layer in stage))
         start += size
-    return max(stages) * KV_DTYPE_BYTES[kv_dtype]
+    return max(stages)
 
 
 def check_tp(config: Any, tp: int) -> None:

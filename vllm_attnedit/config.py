@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 FULL, SLIDING, LATENT = "full_attention", "sliding_attention", "latent_attention"
 LAYER_TYPES = (FULL, SLIDING, LATENT)
 GATES = ("headwise", "elementwise", None)
+PER_HEAD = "per_head"
 
 _LATENT_DIMS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 # The teacher's own statements about windows: the edit replaces them, so none is kept.
@@ -45,6 +46,8 @@ class AttentionEdit:
         qk_rope_head_dim: width of the decoupled RoPE key (shared by all heads); even.
         v_head_dim: per-head value width; heads x v_head_dim is the input width of ``o_proj``.
         q_lora_rank: rank of the query projection of a latent layer; ``None`` for a plain one.
+        qk_norm: ``per_head`` keeps the teacher's per-head QK-norm on latent layers, exactly; the
+            default ``None`` has the norm of the latent instead.
         version: of the format.
 
     Raises:
@@ -59,6 +62,7 @@ class AttentionEdit:
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
     q_lora_rank: int | None = None
+    qk_norm: str | None = None
     version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -92,6 +96,14 @@ class AttentionEdit:
                     "q_lora_rank", "leave it out: no layer is a latent_attention layer"
                 )
             self._require_positive("q_lora_rank")
+        if self.qk_norm not in (PER_HEAD, None):
+            raise self._error("qk_norm", f"use '{PER_HEAD}' or leave it out")
+        if self.per_head_norm:
+            if LATENT not in self.layer_types:
+                raise self._error("qk_norm", "leave it out: no layer is a latent_attention layer")
+            assert self.kv_lora_rank is not None
+            if self.kv_lora_rank % 2:  # float32 lies behind the latent, in its dtype's units
+                raise self._error("kv_lora_rank", "give an even rank, which qk_norm asks for")
         if self.qk_rope_head_dim is not None and self.qk_rope_head_dim % 2:
             raise self._error("qk_rope_head_dim", "give an even width: RoPE rotates pairs")
 
@@ -130,6 +142,11 @@ class AttentionEdit:
         """JSON-ready; fields that do not apply are left out."""
         data = {k: v for k, v in asdict(self).items() if v is not None or k == "gate"}
         return {"version": data.pop("version"), **data, "layer_types": list(self.layer_types)}
+
+    @property
+    def per_head_norm(self) -> bool:
+        """Whether latent layers norm queries and keys by head, and not the latent."""
+        return self.qk_norm == PER_HEAD
 
     @property
     def qk_head_dim(self) -> int:
@@ -183,6 +200,9 @@ class AttnEditConfig(PreTrainedConfig):
             attention_edit = AttentionEdit(layer_types=(FULL,) * teacher.num_hidden_layers)
         elif not isinstance(attention_edit, AttentionEdit):
             attention_edit = AttentionEdit.from_dict(attention_edit)
+        if attention_edit.per_head_norm and not family.qk_norm:
+            fix = f"leave it out: {family.model_type} has no QK-norm to keep"
+            raise AttnEditError("attention_edit.qk_norm", PER_HEAD, fix)
         check_fit(attention_edit, **{k: values[k] for k in _FIT_FIELDS})
         super().__init__(
             architectures=[ARCHITECTURE],

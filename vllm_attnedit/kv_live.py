@@ -127,7 +127,7 @@ def _layout(
 ) -> Layout:
     counts = (len(growing), len(windows))
     block = state.block_size
-    a_layer = (growing or windows)[0].elements_per_token(tp) * width * block
+    a_layer = (growing or windows)[0].bytes_per_token(width, tp) * block
     if windows and state.window_groups:
         heads = max(1, (windows[0].heads or 1) // tp)
         pack = state.window_groups[0].heads // heads
@@ -180,7 +180,7 @@ def _group(
 
 def _teacher_bytes_per_token(config: AttnEditConfig, tp: int, width: int) -> int:
     layers = kv_layers(config.teacher_config())
-    return sum(layer.elements_per_token(tp) * width for layer in layers if layer.window is None)
+    return sum(layer.bytes_per_token(width, tp) for layer in layers if layer.window is None)
 
 
 def _sorted(values: Any) -> Interval:

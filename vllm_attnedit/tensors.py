@@ -54,7 +54,10 @@ def attention_tensors(config: AttnEditConfig, layer: int) -> dict[str, Shape]:
             linear("q_b_proj", q_width, edit.q_lora_rank, False)
         latent_width = edit.kv_lora_rank + edit.qk_rope_head_dim
         linear("kv_a_proj_with_mqa", latent_width, hidden, config.qkv_bias)
-        tensors["kv_a_layernorm.weight"] = (edit.kv_lora_rank,)
+        if edit.per_head_norm:
+            tensors["q_norm.weight"] = tensors["k_norm.weight"] = (edit.qk_head_dim,)
+        else:
+            tensors["kv_a_layernorm.weight"] = (edit.kv_lora_rank,)
         kv_b_width = heads * (edit.qk_nope_head_dim + edit.v_head_dim)
         linear("kv_b_proj", kv_b_width, edit.kv_lora_rank, False)
     else:

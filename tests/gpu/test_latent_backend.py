@@ -29,10 +29,10 @@ BFLOAT16 = {"dtype": "bfloat16", "block_size": 64}
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
-def odd(gate: str | None = "headwise") -> Any:
+def odd(gate: str | None = "headwise", **more: Any) -> Any:
     """Widths that no tuned kernel takes, and three heads."""
     edit = tiny_edit("mla", gate=gate, kv_lora_rank=96, qk_rope_head_dim=32, qk_nope_head_dim=48,
-                     v_head_dim=64)  # fmt: skip
+                     v_head_dim=64, **more)  # fmt: skip
     heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 64}
     return tiny_edited("qwen3", edit, hidden_size=256, **heads)
 
@@ -85,6 +85,22 @@ def test_ours_equals_the_reference(
         assert backends(llm) == {"LatentBackend"}
         outputs = generate(llm, prompts, STEPS)
     check(model, prompts, outputs)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-3), ("bfloat16", 1)])
+def test_per_head_norm(
+    dtype: str, tolerance: float, eager: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Factors in float32 beside latents of either dtype."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1" if eager else "0")
+    model = odd(qk_norm="per_head")
+    prompts = random_prompts(LENGTHS)
+    folder = tiny_edited_checkpoint(model, tmp_path)
+    with engine(folder, enforce_eager=eager, dtype=dtype) as llm:
+        assert backends(llm) == {"LatentBackend"}
+        outputs = generate(llm, prompts, STEPS)
+    check(model, prompts, outputs, tolerance)
 
 
 @pytest.mark.skipif(not HOPPER, reason="the tuned kernels were measured on Hopper")

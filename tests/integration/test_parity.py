@@ -30,6 +30,8 @@ LENGTHS = (1, 7, WINDOW - 1, WINDOW, WINDOW + 1, 40, 67, 101)
 def edit_of(target: str, gate: str | None) -> AttentionEdit:
     if target == "mla-q-lora":
         return tiny_edit("mla", gate=gate, q_lora_rank=48)
+    if target == "mla-normed":
+        return tiny_edit("mla", gate=gate, qk_norm="per_head")
     return tiny_edit(target, gate=gate, **({"window": WINDOW} if target == "gateswa" else {}))
 
 
@@ -40,6 +42,7 @@ CASES: list[tuple[str, str, str | None]] = [
     for gate in ("headwise", "elementwise")
 ]
 CASES += [("llama", "gateswa", None), ("qwen3", "mla", None), ("qwen2", "mla-q-lora", "headwise")]
+CASES += [("qwen3", "mla-normed", "headwise"), ("qwen3_moe", "mla-normed", None)]
 
 
 @pytest.mark.parametrize(("family", "target", "gate"), CASES)
@@ -54,7 +57,7 @@ def test_mixed_batch_equals_the_reference(
         assert_equal(output, reference(model, prompt))
 
 
-@pytest.fixture(scope="module", params=["gateswa", "mla"])
+@pytest.fixture(scope="module", params=["gateswa", "mla", "mla-normed"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """One model a target for the tests of scheduling."""
     model = tiny_edited("qwen3", edit_of(request.param, "headwise"))

@@ -115,6 +115,15 @@ def test_requests_that_fit(layers: int, length: int, hybrid: float, full: float)
         assert requests_that_fit(config, length, 40 * GIB) == int(expected)
 
 
+def test_kept_norms_cost_four_bytes_a_head_which_are_sharded() -> None:
+    edit = dict(mla().attention_edit) | {"qk_norm": "per_head"}
+    fields = mla().teacher_config().to_dict()
+    normed = AttnEditConfig("qwen3", edit, **fields)
+    for tp in (1, 4):
+        more = kv_bytes_per_token(normed, tp=tp) - kv_bytes_per_token(mla(), tp=tp)
+        assert more == 36 * 4 * 32 // tp
+
+
 def test_dtype_widths() -> None:
     assert kv_bytes_per_token(gateswa(), kv_dtype="fp8") * 2 == kv_bytes_per_token(gateswa())
     assert kv_bytes_per_token(gateswa(), kv_dtype="fp32") == 2 * kv_bytes_per_token(gateswa())

@@ -112,6 +112,12 @@ MLA = tiny_edit("mla").to_dict()
         ({**MLA, "qk_rope_head_dim": 15}, "attention_edit.qk_rope_head_dim: 15: give an even"),
         ({**MLA, "v_head_dim": 16}, "attention_edit.v_head_dim: 16: use 32: 4 heads x v_head_dim"),
         ({**SWA, "q_lora_rank": 8}, "attention_edit.q_lora_rank: 8: leave it out"),
+        ({**SWA, "qk_norm": "per_head"}, "attention_edit.qk_norm: per_head: leave it out"),
+        ({**MLA, "qk_norm": "both"}, "attention_edit.qk_norm: both: use 'per_head' or leave it"),
+        (
+            {**MLA, "qk_norm": "per_head", "kv_lora_rank": 15},
+            "attention_edit.kv_lora_rank: 15: give an even rank",
+        ),
         ("gateswa", "attention_edit: gateswa: give an object"),
     ],
 )

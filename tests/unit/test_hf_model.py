@@ -64,10 +64,13 @@ def by_hand(attention: Any, x: Tensor, window: int | None) -> Tensor:
             q = linear("q_proj", x)
         q = q.view(tokens, heads, nope + rope)
         latent, k_pe = linear("kv_a_proj_with_mqa", x).split([rank, rope], -1)
-        kv = linear("kv_b_proj", norm("kv_a_layernorm", latent)).view(tokens, heads, -1)
-        q = torch.cat([q[..., :nope], rotate(q[..., nope:], rope)], -1)
-        k_pe = rotate(k_pe, rope)[:, None].expand(-1, heads, -1)
-        k, v = torch.cat([kv[..., :nope], k_pe], -1), kv[..., nope:]
+        per_head = "k_norm.weight" in p
+        kv = linear("kv_b_proj", latent if per_head else norm("kv_a_layernorm", latent))
+        k_nope, v = kv.view(tokens, heads, -1).split([nope, kv.shape[1] // heads - nope], -1)
+        k = torch.cat([k_nope, k_pe[:, None].expand(-1, heads, -1)], -1)
+        if per_head:  # as the teacher's: on whole heads, before rotation
+            q, k = norm("q_norm", q), norm("k_norm", k)
+        q, k = (torch.cat([y[..., :nope], rotate(y[..., nope:], rope)], -1) for y in (q, k))
     else:
         q, k, v = (linear(f"{n}_proj", x).view(tokens, -1, 32) for n in "qkv")
         if "q_norm.weight" in p:
@@ -85,12 +88,19 @@ def by_hand(attention: Any, x: Tensor, window: int | None) -> Tensor:
     return linear("o_proj", out.flatten(1))
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+HAND_CASES = [(f, t) for f in FAMILY_NAMES for t in ("gateswa", "mla", "mla-q-lora")]
+HAND_CASES += [("qwen3", "mla-normed"), ("qwen3_moe", "mla-normed")]
+
+
+@pytest.mark.parametrize(("family", "target"), HAND_CASES)
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("target", ["gateswa", "mla", "mla-q-lora"])
 def test_layers_equal_attention_by_hand(family: str, target: str, gate: str | None):
-    extra = {"q_lora_rank": 48} if target == "mla-q-lora" else {}
-    edit = tiny_edit(target.removesuffix("-q-lora"), gate=gate, **extra)
+    extra: dict[str, Any] = {}
+    if target == "mla-q-lora":
+        extra = {"q_lora_rank": 48}
+    elif target == "mla-normed":
+        extra = {"qk_norm": "per_head"}
+    edit = tiny_edit(target.split("-")[0], gate=gate, **extra)
     model = tiny_edited(family, edit)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     layers: Any = model.model.layers
@@ -154,9 +164,12 @@ def test_window_layers_cache_only_their_window():
     assert cache.layers[1].values.shape == (1, 1, 30, 16)
 
 
-@pytest.mark.parametrize("target", ["gateswa", "mla"])
-def test_generate_equals_stepwise_argmax(target: str):
-    model = tiny_edited("qwen2", tiny_edit(target))
+@pytest.mark.parametrize(
+    ("family", "target", "extra"),
+    [("qwen2", "gateswa", {}), ("qwen2", "mla", {}), ("qwen3", "mla", {"qk_norm": "per_head"})],
+)
+def test_generate_equals_stepwise_argmax(family: str, target: str, extra: dict[str, Any]):
+    model = tiny_edited(family, tiny_edit(target, **extra))
     ids = prompt(11)
     expected = ids
     for _ in range(24):

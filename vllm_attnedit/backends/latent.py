@@ -5,7 +5,8 @@ applied to the result; prompts attend over keys and values expanded from latents
 and then, part by part, those of their cached context.
 
 Shapes: T tokens, N heads, R kv_lora_rank, P qk_rope_head_dim, C qk_nope_head_dim, V v_head_dim,
-S context tokens.
+S context tokens, L elements of a cache entry: R + P, and with a per-head norm of keys the factors
+of all heads as float32, in units of the cache's dtype.
 """
 
 from __future__ import annotations
@@ -82,9 +83,9 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         Args:
             layer: holds ``up``, the two halves of ``kv_b_proj``.
             query: ``(T, N, C + P)``, the last P rotated.
-            key: ``(T, 1, R + P)``: normed latent, then rotated key.
+            key: ``(T, 1, L)``: normed latent, then rotated key, then factors.
             value: not read.
-            kv_cache: ``(blocks, block_size, R + P)``.
+            kv_cache: ``(blocks, block_size, L)``.
             output: ``(T, N, V)``, filled in place.
         """
         if attn_metadata is None:  # profiling run: no cache yet, but a prompt's memory
@@ -132,6 +133,11 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         entries = flat.view(torch.uint8)[slots].view(flat.dtype)
         return (entries.float() * kv_scale).to(dtype)
 
+    def _factors(self, entries: Tensor) -> Tensor | None:
+        """(..., L) to the factors of all heads, (..., N) float32, if there are any."""
+        beside = entries[..., self.rank + self.rope :]
+        return beside.view(torch.float32) if beside.shape[-1] else None
+
     def _decode(
         self,
         layer: Any,
@@ -145,7 +151,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         latent = mla_decode(
             layer.up.absorb_query(q_nope),
             q_rope,
-            kv_cache,
+            kv_cache[..., : self.rank + self.rope],
             metadata.block_table,
             metadata.seq_lens,
             metadata.query_start_loc,
@@ -154,6 +160,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
             max_query_len=metadata.max_decode_len,
             out=query.new_empty(*query.shape[:2], self.rank),
             kv_scale=kv_scale,
+            key_scale=self._factors(kv_cache),
         )
         layer.up.expand_value(latent, output)
 
@@ -178,7 +185,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         merged = output.float()
         flat = kv_cache.view(-1, kv_cache.shape[-1])
         for context in metadata.context:
-            entries = self._read(flat, context.slots, kv_scale, query.dtype)  # (S, R + P)
+            entries = self._read(flat, context.slots, kv_scale, query.dtype)  # (S, L)
             key_starts = context.key_start_loc
             self._expanded(
                 layer, query, entries, starts, key_starts, part, causal=False, lse=part_lse
@@ -201,7 +208,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         causal: bool,
         lse: Tensor | None = None,
     ) -> None:
-        """Attention of (T, N, C + P) to the keys and values of (S, R + P)."""
+        """Attention of (T, N, C + P) to the keys and values of (S, L)."""
         q_nope, q_rope = query.split([query.shape[2] - self.rope, self.rope], dim=-1)
         latent, k_rope = key[:, : self.rank], key[:, self.rank : self.rank + self.rope]
         k_nope, value = layer.up.expand(latent)
@@ -217,6 +224,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
             causal=causal,
             out=out,
             lse=lse,
+            key_scale=self._factors(key),
         )
 
 

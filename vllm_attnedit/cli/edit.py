@@ -93,6 +93,10 @@ def command(
         int | None,
         typer.Option(**_INTEGER, help=_DIM.format("rank of the query projection", "full")),
     ] = None,
+    qk_norm: Annotated[
+        str | None,
+        typer.Option(help=_DIM.format("per_head keeps the teacher's QK-norm", "the latent's norm")),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -177,6 +181,7 @@ def command(
         qk_nope_head_dim=qk_nope_head_dim,
         v_head_dim=v_head_dim,
         q_lora_rank=q_lora_rank,
+        qk_norm=qk_norm,
         dtype=dtype,
         seed=seed,
     )

@@ -3,7 +3,9 @@
 The steps, all from the layer's own weights and the second moment of its inputs:
 
 1. Projections become rows over the input, biases as a last column. A per-head QK-norm is replaced
-   by its average: rows are scaled by the norm's weight over the root mean square of the head.
+   by its average: rows are scaled by the norm's weight over the root mean square of the head. Where
+   the edit keeps the per-head norm, its weights are the average length of what comes out at the
+   end, so that it is the identity on average and acts on what differs from token to token.
 2. RoPE is split into one shared rotated key and unrotated rest (``rope_split``).
 3. The rest of the keys and the values of all KV heads are factorised together at ``kv_lora_rank``
    (``lowrank``), errors measured where they matter: of keys by the queries that look at them, of
@@ -138,7 +140,14 @@ class LatentInitialiser:
         made |= self._as_linear(
             f"{prefix}kv_a_proj_with_mqa", torch.cat([factors.reduce, split.k_rope])
         )
-        made[f"{prefix}kv_a_layernorm.weight"] = factors.norm_weight
+        if edit.per_head_norm:
+            nope = k_expand @ factors.reduce  # (G, C, I)
+            shared = split.k_rope.expand(groups, -1, -1)
+            k_rows = torch.cat([nope, shared], dim=1)
+            made[f"{prefix}q_norm.weight"] = _constant_norm(q_rows, inputs.query)
+            made[f"{prefix}k_norm.weight"] = _constant_norm(k_rows, inputs.key)
+        else:
+            made[f"{prefix}kv_a_layernorm.weight"] = factors.norm_weight
         made[f"{prefix}kv_b_proj.weight"] = kv_rows.flatten(0, 1)
         return made, energy
 
@@ -212,6 +221,13 @@ def _kept(
     """Share of the energy of ``whole`` left when ``part`` of it goes through the factors."""
     error = part - expand @ factors.reduce
     return max(0.0, 1.0 - moment.energy(error) / max(moment.energy(whole), 1e-30))
+
+
+def _constant_norm(rows: Tensor, moment: SecondMoment) -> Tensor:
+    """(D,), the weight with which an RMSNorm of heads (H, D, I) is the identity on average."""
+    heads, width, _ = rows.shape
+    mean_square = moment.energy(rows) / (heads * width)
+    return torch.full((width,), max(mean_square, 1e-30) ** 0.5, dtype=torch.float64)
 
 
 def _fit_width(

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_attnedit.config import FULL, LATENT, SLIDING, AttentionEdit
+from vllm_attnedit.config import FULL, LATENT, PER_HEAD, SLIDING, AttentionEdit
 from vllm_attnedit.errors import AttnEditError
+from vllm_attnedit.families import get_family
 
 TARGETS = ("gateswa", "mla")
 INITS = ("inherit", "random")
@@ -36,6 +37,7 @@ class EditPlan:
         qk_nope_head_dim: per-head width without position.
         v_head_dim: per-head value width; only the teacher's ``head_dim`` fits the inherited o_proj.
         q_lora_rank: rank of the query projection; ``None`` for a full-rank one.
+        qk_norm: ``per_head`` keeps the teacher's QK-norm; ``None`` has a norm of the latent.
         dtype: of the written weights; ``None`` keeps each tensor as stored (bfloat16 for GGUF).
         seed: of what is drawn at random.
     """
@@ -50,6 +52,7 @@ class EditPlan:
     qk_nope_head_dim: int | None = None
     v_head_dim: int | None = None
     q_lora_rank: int | None = None
+    qk_norm: str | None = None
     dtype: str | None = None
     seed: int = 0
 
@@ -59,11 +62,15 @@ class EditPlan:
             ("--init", self.init, INITS),
             ("--gate", self.gate, (*GATE_NAMES, None)),
             ("--dtype", self.dtype, (*DTYPE_NAMES, None)),
+            ("--qk-norm", self.qk_norm, (PER_HEAD, None)),
         ):
             if value not in known:
-                names = [name for name in known if name is not None]
-                raise AttnEditError(option, value, f"use {', '.join(names[:-1])} or {names[-1]}")
-        foreign = _OF_MLA if self.target == "gateswa" else _OF_GATESWA
+                *names, last = (name for name in known if name is not None)
+                fix = (
+                    f"use {', '.join(names)} or {last}" if names else f"use {last} or leave it out"
+                )
+                raise AttnEditError(option, value, fix)
+        foreign = (*_OF_MLA, "qk_norm") if self.target == "gateswa" else _OF_GATESWA
         for name in foreign:
             if getattr(self, name) is not None:
                 other = "mla" if self.target == "gateswa" else "gateswa"
@@ -152,6 +159,9 @@ def _latent_edit(plan: EditPlan, config: Any, gate: str | None) -> AttentionEdit
     head_dim = head_dim_of(config)
     kv_width = config.num_key_value_heads * head_dim
     rope = plan.qk_rope_head_dim or min(DEFAULT_ROPE_WIDTH, head_dim)
+    if plan.qk_norm is not None and not get_family(config.model_type).qk_norm:
+        fix = f"leave it out: {config.model_type} has no QK-norm to keep"
+        raise AttnEditError("--qk-norm", plan.qk_norm, fix)
     if rope % 2:
         raise AttnEditError("--qk-rope-head-dim", rope, "give an even width: RoPE rotates pairs")
     if plan.v_head_dim not in (None, head_dim):
@@ -180,4 +190,5 @@ def _latent_edit(plan: EditPlan, config: Any, gate: str | None) -> AttentionEdit
         qk_rope_head_dim=rope,
         v_head_dim=head_dim,
         q_lora_rank=plan.q_lora_rank,
+        qk_norm=plan.qk_norm,
     )

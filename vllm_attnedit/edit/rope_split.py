@@ -121,6 +121,8 @@ def split_rope(
         energy = (_apply(q_rows, query_moment) * q_rows.conj()).real.sum(1)
         energy = energy.view(groups, repeat).sum(1)
         weight = energy.clamp_min(1e-30).sqrt()[:, None]
+        # Relative ones, so that shared keys are as long as keys were: a norm may follow.
+        weight = weight / weight.square().mean().sqrt()
         weighted = weight * k_rows
         direction = torch.linalg.eigh(_apply(weighted, key_moment) @ weighted.mH)[1][
             :, -1:
@@ -130,6 +132,13 @@ def split_rope(
         rest[:, pair] = k_rows - share * shared
         k_rope.append(shared)
         q_rope.append(share.conj().repeat_interleave(repeat, 0) * q_rows)
+    # Queries where no key is left to meet would only lengthen what a norm sees.
+    left, whole = (
+        (_apply(k.flatten(0, 1), key_moment) * k.flatten(0, 1).conj()).real.sum(1)
+        for k in (rest, k_pairs)
+    )
+    met = (left > 1e-12 * whole).view(groups, -1).any(0)  # (D/2,)
+    turn = turn * met
     return RopeSplit(
         q_rope=from_pairs(torch.stack(q_rope, 1)),
         k_rope=from_pairs(torch.stack(k_rope)[None])[0],

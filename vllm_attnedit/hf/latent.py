@@ -27,7 +27,9 @@ class LatentAttention(EditedAttention):
     every head's ``[k_nope | v]``. RoPE has the teacher's base and scaling at width P, in the
     half-rotation ("neox") layout. Where the teacher has q/k/v biases, ``q_proj`` (or ``q_a_proj``)
     and ``kv_a_proj_with_mqa`` carry one. A teacher's per-head QK-norm is replaced by the latent
-    norm; see docs/method.md.
+    norm, or kept exactly with ``qk_norm`` "per_head": every head's whole query and key, C + P wide,
+    is normed before rotation, and the latent is not. Then the cache holds the inverse root mean
+    square of each head's key as well. See docs/method.md.
     """
 
     def __init__(self, config: AttnEditConfig, layer_idx: int) -> None:
@@ -55,7 +57,12 @@ class LatentAttention(EditedAttention):
         self.kv_a_proj_with_mqa = nn.Linear(
             hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias
         )
-        self.kv_a_layernorm = rms_norm(config, self.kv_lora_rank)
+        self.per_head_norm = edit.per_head_norm
+        if self.per_head_norm:
+            self.q_norm = rms_norm(config, edit.qk_head_dim)
+            self.k_norm = rms_norm(config, edit.qk_head_dim)
+        else:
+            self.kv_a_layernorm = rms_norm(config, self.kv_lora_rank)
         kv_width = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, kv_width, bias=False)
 
@@ -80,20 +87,51 @@ class LatentAttention(EditedAttention):
         """
         batch, tokens, _ = hidden_states.shape
         query = self._query(hidden_states).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
+        if self.per_head_norm:
+            query = self.q_norm(query)
         q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_pe = self.kv_a_proj_with_mqa(hidden_states).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
-        latent = self.kv_a_layernorm(latent).unsqueeze(1)  # (B, 1, T, R)
-        q_pe, k_pe = self._apply_rope(q_pe, k_pe.unsqueeze(1), *position_embeddings)
+        k_pe = k_pe.unsqueeze(1)  # (B, 1, T, P)
+        inverse: Tensor | None = None
+        if self.per_head_norm:
+            latent = latent.unsqueeze(1)
+            inverse = self._inverse_rms(latent, k_pe)
+            k_pe = k_pe * self.k_norm.weight[self.qk_nope_head_dim :]
+        else:
+            latent = self.kv_a_layernorm(latent).unsqueeze(1)  # (B, 1, T, R)
+        q_pe, k_pe = self._apply_rope(q_pe, k_pe, *position_embeddings)
 
         if past_key_values is not None:
-            # Cached in place of keys and values: one latent and one RoPE key a token.
-            latent, k_pe = past_key_values.update(latent, k_pe, self.layer_idx)
+            # Cached in place of keys and values: one latent and one RoPE key a token, and with a
+            # per-head norm the factor of every head behind the latter.
+            beside = k_pe if inverse is None else torch.cat([k_pe, inverse], dim=-1)
+            latent, beside = past_key_values.update(latent, beside, self.layer_idx)
+            k_pe = beside[..., : self.qk_rope_head_dim]
+            if inverse is not None:
+                inverse = beside[..., self.qk_rope_head_dim :]
+        k_nope, value = self._expand(latent)
+        if inverse is not None:
+            k_nope = k_nope * self.k_norm.weight[: self.qk_nope_head_dim]
+        key = torch.cat([k_nope, k_pe.expand(-1, self.num_heads, -1, -1)], dim=-1)
+        if inverse is not None:  # (B, 1, S, N)
+            key = (key * inverse.transpose(1, 3)).to(value.dtype)
+        query = torch.cat([q_nope, q_pe], dim=-1)
+        return self.attend(hidden_states, query, key, value, attention_mask, **kwargs)
+
+    def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1, S, R) to unrotated keys (B, N, S, C) and values (B, N, S, V)."""
         expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1))
         k_nope, value = expanded.transpose(1, 2).split(
             [self.qk_nope_head_dim, self.v_head_dim], dim=-1
-        )  # (B, N, S, C) and (B, N, S, V)
-        key = torch.cat([k_nope, k_pe.expand(-1, self.num_heads, -1, -1)], dim=-1)
-        query = torch.cat([q_nope, q_pe], dim=-1)
-        return self.attend(hidden_states, query, key, value, attention_mask, **kwargs)
+        )
+        return k_nope, value
+
+    def _inverse_rms(self, latent: Tensor, k_pe: Tensor) -> Tensor:
+        """Of each head's key ``[k_nope | k_pe]`` before rotation: (B, 1, T, N), float32."""
+        k_nope, _ = self._expand(latent)
+        square = k_nope.float().square().sum(-1) + k_pe.float().square().sum(-1)  # (B, N, T)
+        mean = square / (self.qk_nope_head_dim + self.qk_rope_head_dim)
+        inverse = (mean + self.config.rms_norm_eps).rsqrt()
+        return inverse.transpose(1, 2).unsqueeze(1)

@@ -119,7 +119,12 @@ class LatentAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.kv_a_proj_with_mqa",
         )
-        self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, eps=config.rms_norm_eps)
+        self.per_head_norm, self.eps = edit.per_head_norm, config.rms_norm_eps
+        if self.per_head_norm:
+            self.q_norm = RMSNorm(edit.qk_head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(edit.qk_head_dim, eps=config.rms_norm_eps)
+        else:
+            self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, eps=config.rms_norm_eps)
         self.o_proj = RowParallelLinear(
             total_heads * edit.v_head_dim,
             hidden,
@@ -173,9 +178,12 @@ class LatentAttention(nn.Module):
             self.kv_lora_rank, self.num_heads, edit.qk_nope_head_dim, edit.v_head_dim
         )
         self.kv_b_proj = up
+        width = self.kv_lora_rank + self.qk_rope_head_dim
+        if self.per_head_norm:
+            width += self.num_heads * (torch.float32.itemsize // torch.get_default_dtype().itemsize)
         self.attn = LatentCacheAttention(
             self.num_heads,
-            self.kv_lora_rank + self.qk_rope_head_dim,
+            width,
             scale,
             up=up,
             head_size_v=edit.v_head_dim,
@@ -191,25 +199,46 @@ class LatentAttention(nn.Module):
             query, _ = self.q_b_proj(self.q_a_layernorm(q_a))
         else:
             query, _ = self.q_proj(hidden_states)
-        q_nope, q_pe = query.unflatten(-1, (self.num_heads, -1)).split(
-            [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1
-        )
+        query = query.unflatten(-1, (self.num_heads, -1))
+        if self.per_head_norm:
+            query = self.q_norm(query.contiguous())
+        q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         kv_a, _ = self.kv_a_proj_with_mqa(hidden_states)
         latent, k_pe = kv_a.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        latent = self.kv_a_layernorm(latent.contiguous())
+        inverse: Tensor | None = None
+        if self.per_head_norm:
+            # The weight of the shared part goes into the cache, that of the rest into the query.
+            inverse = self._inverse_rms(latent, k_pe)
+            q_nope = q_nope * self.k_norm.weight[: self.qk_nope_head_dim]
+            k_pe = k_pe * self.k_norm.weight[self.qk_nope_head_dim :]
+        else:
+            latent = self.kv_a_layernorm(latent.contiguous())
         q_pe, k_pe = self.rotary_emb(positions, q_pe.flatten(-2), k_pe.contiguous())
         query = torch.cat([q_nope, q_pe.unflatten(-1, (self.num_heads, -1))], dim=-1)
-        output = self._attend(query, latent, k_pe)  # (T, N, V)
+        output = self._attend(query, latent, k_pe, inverse)  # (T, N, V)
         if self.g_proj is not None:
             gate, _ = self.g_proj(hidden_states)
             output = gated(output, gate)
         output, _ = self.o_proj(output.flatten(-2))
         return output
 
-    def _attend(self, query: Tensor, latent: Tensor, k_pe: Tensor) -> Tensor:
-        """(T, N, C + P) to (T, R) and (T, P); (T, N, V)."""
+    def _inverse_rms(self, latent: Tensor, k_pe: Tensor) -> Tensor:
+        """Of each head's key ``[k_nope | k_pe]`` before rotation: (T, N), float32."""
+        assert isinstance(self.kv_b_proj, LatentUpProjection)
+        k_nope = self.kv_b_proj.expand_key(latent).float()
+        square = k_nope.square().sum(-1) + k_pe.float().square().sum(-1, keepdim=True)
+        mean = square / (self.qk_nope_head_dim + self.qk_rope_head_dim)
+        return (mean + self.eps).rsqrt()
+
+    def _attend(
+        self, query: Tensor, latent: Tensor, k_pe: Tensor, inverse: Tensor | None
+    ) -> Tensor:
+        """(T, N, C + P) to (T, R) and (T, P), keys' factors (T, N); (T, N, V)."""
         if isinstance(self.attn, LatentCacheAttention):
-            return self.attn.attend(query, torch.cat([latent, k_pe], dim=-1))
+            key = [latent, k_pe]
+            if inverse is not None:  # its bits: float32 in the cache whatever the dtype
+                key.append(inverse.view(latent.dtype))
+            return self.attn.attend(query, torch.cat(key, dim=-1))
         shape = torch.Size((query.shape[0], self.num_heads * self.v_head_dim))
         output = self.attn(query, latent, k_pe.unsqueeze(1), output_shape=shape)
         return output.unflatten(-1, (self.num_heads, -1))

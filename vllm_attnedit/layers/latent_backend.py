@@ -6,6 +6,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import get_attn_backend
@@ -56,7 +57,7 @@ def latent_backend(
     if option == "attnedit":
         reason: str | None = f"{BACKEND_OPTION} is attnedit"
     else:
-        reason = own_reason(vllm_config)
+        reason = own_reason(vllm_config, edit)
     if reason is None:
         asked = option == "vllm" or vllm_config.attention_config.backend is not None
         if asked:
@@ -68,8 +69,10 @@ def latent_backend(
     return own_backend(vllm_config, edit)
 
 
-def own_reason(vllm_config: VllmConfig) -> str | None:
+def own_reason(vllm_config: VllmConfig, edit: AttentionEdit) -> str | None:
     """Why vLLM's MLA path is out of question, ``None`` if it is not."""
+    if edit.per_head_norm:
+        return "qk_norm is per_head, which no other kernel knows"
     if not vllm_config.model_config.use_mla:
         return "vLLM's MLA is disabled (VLLM_MLA_DISABLE)"
     if vllm_config.model_config.dtype not in (torch.bfloat16, torch.float16):
@@ -156,6 +159,14 @@ def own_backend(vllm_config: VllmConfig, edit: AttentionEdit) -> type[AttentionB
         raise AttnEditError(
             "--decode-context-parallel-size", ranks, "use 1: only vLLM's own MLA kernels split it"
         )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if (
+        edit.per_head_norm
+        and kv_cache_dtype_str_to_dtype(cache_dtype, vllm_config.model_config)
+        != vllm_config.model_config.dtype
+    ):
+        fix = "use auto: qk_norm per_head keeps float32 factors beside the latent"
+        raise AttnEditError("--kv-cache-dtype", cache_dtype, fix)
     if not current_platform.is_cuda():
         from vllm_attnedit.backends.latent_cpu import LatentCPUBackend
 

@@ -39,6 +39,11 @@ class LatentUpProjection(nn.Module):
         w_uk = self._by_head()[:, : self.nope_dim]  # (N, C, R)
         return torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
 
+    def expand_key(self, latent: Tensor) -> Tensor:
+        """(T, R) to the unrotated keys of all heads: (T, N, C)."""
+        w_uk = self._by_head()[:, : self.nope_dim]  # (N, C, R)
+        return torch.matmul(latent, w_uk.transpose(1, 2)).transpose(0, 1)
+
     def expand_value(self, latent: Tensor, out: Tensor) -> None:
         """(T, N, R) from the latent space into ``out`` (T, N, V)."""
         w_uv = self._by_head()[:, self.nope_dim :]  # (N, V, R)

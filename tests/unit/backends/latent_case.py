@@ -29,6 +29,7 @@ class Case:
     context_tokens: int = 24
     backend: str = "latent:LatentBackend"
     operators: str = "auto"
+    normed: bool = False  # keys carry a factor for each head
     seed: int = 0
 
 
@@ -49,9 +50,14 @@ def builder_for(backend: Any, case: Case) -> Any:
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
     )
     cls = type("Small", (backend.get_builder_cls(),), {"context_tokens": case.context_tokens})
-    width = case.rank + P
+    width = case.rank + P + factors_width(case)
     spec = MLAAttentionSpec(block_size=B, num_kv_heads=1, head_size=width, dtype=DTYPES[case.dtype])
     return cls(spec, ["layer"], config, torch.device("cpu"))
+
+
+def factors_width(case: Case) -> int:
+    """Elements of a cache entry behind latent and RoPE key."""
+    return case.heads * torch.float32.itemsize // DTYPES[case.dtype].itemsize * case.normed
 
 
 def common_metadata(computed: list[int], new: list[int], table: Tensor) -> Any:
@@ -95,8 +101,9 @@ def _run(case: Case) -> float:
     k_scale = torch.tensor(0.5)
     layer = SimpleNamespace(up=up, _k_scale=k_scale)
     scale = (C + P) ** -0.5
+    width = case.rank + P + factors_width(case)
     impl = backend.get_impl_cls()(
-        case.heads, case.rank + P, scale, 1, None, None, case.kv_cache_dtype,
+        case.heads, width, scale, 1, None, None, case.kv_cache_dtype,
         kv_lora_rank=case.rank, qk_rope_head_dim=P,
     )  # fmt: skip
     builder = builder_for(backend, case)
@@ -107,7 +114,7 @@ def _run(case: Case) -> float:
     order = torch.randperm(requests * blocks, generator=generator)
     table = (1 + order).view(requests, blocks).int()
     fp8 = case.kv_cache_dtype != "auto"
-    shape = backend.get_kv_cache_shape(1 + requests * blocks, B, 1, case.rank + P)
+    shape = backend.get_kv_cache_shape(1 + requests * blocks, B, 1, width)
     cache = torch.full(shape, float("nan")).to(torch.float8_e4m3fn if fp8 else dtype)
     if fp8:
         cache = cache.view(torch.uint8)
@@ -119,6 +126,9 @@ def _run(case: Case) -> float:
         computed, new = ([step[r][i] for r in rows] for i in (0, 1))
         query = (3 * random(sum(new) + 2, case.heads, C + P)).to(dtype)
         key = random(sum(new) + 2, case.rank + P).to(dtype)
+        if case.normed:
+            factors = torch.rand(len(key), case.heads, generator=generator) + 0.5
+            key = torch.cat([key, factors.view(dtype)], dim=-1)
         metadata = builder.build(0, common_metadata(computed, new, table[rows]))
         out = torch.full((sum(new) + 2, case.heads, V), float("nan"), dtype=dtype)
         if fp8:  # no CPU kernel writes it: the bytes that the CUDA kernel would
@@ -143,12 +153,14 @@ def _run(case: Case) -> float:
 
 def naive(query: Tensor, entries: Tensor, up: Any, scale: float) -> Tensor:
     """(t, N, C + P), the last of S tokens, to (S, R + P), in float64; (t, N, V)."""
-    rank = entries.shape[1] - P
+    rank = up.weight.shape[1]
     weight = up.weight.double().unflatten(0, (up.num_heads, -1))  # (N, C + V, R)
     both = torch.einsum("sr,nwr->snw", entries[:, :rank].double(), weight)
-    rotated = entries[:, None, rank:].double().expand(-1, up.num_heads, -1)
+    rotated = entries[:, None, rank : rank + P].double().expand(-1, up.num_heads, -1)
     keys = torch.cat([both[..., :C], rotated], dim=-1)
     scores = torch.einsum("tnd,snd->nts", query.double(), keys) * scale
+    if entries.shape[1] > rank + P:
+        scores *= entries[:, rank + P :].view(torch.float32).double().T[:, None]
     tokens, length = query.shape[0], len(entries)
     hidden = torch.ones(tokens, length, dtype=torch.bool).triu(length - tokens + 1)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)

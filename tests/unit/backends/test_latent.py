@@ -33,8 +33,15 @@ def test_steps_equal_the_naive_form(backend: str, heads: int, context_tokens: in
 
 
 @pytest.mark.parametrize("backend", ["latent:LatentBackend", "latent_cpu:LatentCPUBackend"])
-def test_half_precision(backend: str):
-    assert latent_case.run(Case(STEPS, dtype="fp16", backend=backend)) < BOUNDS["fp16"]
+@pytest.mark.parametrize("normed", [False, True])
+def test_half_precision(backend: str, normed: bool):
+    case = Case(STEPS, dtype="fp16", backend=backend, normed=normed)
+    assert latent_case.run(case) < BOUNDS["fp16"]
+
+
+@pytest.mark.parametrize("backend", ["latent:LatentBackend", "latent_cpu:LatentCPUBackend"])
+def test_per_head_factors(backend: str):
+    assert latent_case.run(Case(STEPS, backend=backend, normed=True)) < BOUNDS["fp32"]
 
 
 def test_an_fp8_cache_is_read_with_its_scale():
@@ -48,9 +55,11 @@ def test_an_fp8_cache_is_read_with_its_scale():
     [
         Case(STEPS, operators="triton"),
         Case(STEPS, operators="triton", rank=48, heads=5, dtype="fp16"),
+        Case(STEPS, operators="triton", normed=True),
+        Case(STEPS, operators="triton", dtype="fp16", normed=True),
         Case(STEPS, operators="triton", rank=512, heads=2, context_tokens=1000),
     ],
-    ids=["fp32", "odd", "wide"],
+    ids=["fp32", "odd", "normed", "normed-fp16", "wide"],
 )
 def test_triton_operators_equal_the_naive_form(
     interpreted: Callable[..., Any],  # noqa: F811

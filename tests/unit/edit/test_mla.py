@@ -13,6 +13,7 @@ from tests.unit.edit.models import divergence, load, logits, tokens
 from tests.unit.tiny import FAMILY_NAMES, tiny_teacher
 from vllm_attnedit.edit import Calibration, EditPlan, edit_checkpoint
 from vllm_attnedit.edit.store import SafetensorsStore
+from vllm_attnedit.errors import AttnEditError
 
 # Tiny teachers are as random as this text, which shows all of their inputs.
 TEXT = "".join(random.Random(0).choices(string.printable, k=4000))
@@ -131,6 +132,38 @@ def test_norms_of_queries_and_keys_are_replaced_by_their_average(tmp_path):
     plan = EditPlan(target="mla", kv_lora_rank=64, qk_rope_head_dim=32)
     edit_checkpoint(teacher, tmp_path / "out", plan, calibration=calibration())
     assert divergence(expected, logits(load(tmp_path / "out"), ids)) < 0.1
+
+
+def test_a_kept_norm_is_the_teachers(tmp_path):
+    """One KV head, its whole width rotated, full rank, and norms that are long or short but weigh
+    all elements alike: nothing is left to approximate."""
+    teacher = tiny_teacher("qwen3", tmp_path / "t", num_key_value_heads=1)
+    tensors = load_file(teacher / "model.safetensors")
+    for name in tensors:
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            tensors[name].fill_(1.4)
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    ids = tokens(64)
+    expected = logits(load(teacher), ids)
+    gaps = {}
+    for norm in (None, "per_head"):
+        plan = EditPlan(target="mla", kv_lora_rank=64, qk_rope_head_dim=32, qk_norm=norm)
+        out = tmp_path / str(norm)
+        report = edit_checkpoint(teacher, out, plan, calibration=calibration())
+        assert report.config.attention_edit.get("qk_norm") == norm
+        gaps[norm] = float((logits(load(out), ids) - expected).abs().max())
+    assert gaps["per_head"] <= 1e-3 < 0.1 < gaps[None], gaps
+
+
+def test_a_norm_that_is_not_there_cannot_be_kept(teacher_of, tmp_path):
+    with pytest.raises(AttnEditError, match="--qk-norm: per_head: leave it out: llama has no QK"):
+        edit_checkpoint(
+            teacher_of("llama"), tmp_path / "out", EditPlan(target="mla", qk_norm="per_head")
+        )
+    with pytest.raises(AttnEditError, match="--qk-norm: both: use per_head or leave it out"):
+        EditPlan(target="mla", qk_norm="both")
+    with pytest.raises(AttnEditError, match="--qk-norm: per_head: leave it out or use --target"):
+        EditPlan(target="gateswa", qk_norm="per_head")
 
 
 def test_provenance_tells_what_was_kept_and_on_what_text(teacher_of, tmp_path):
