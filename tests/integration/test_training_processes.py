@@ -30,12 +30,14 @@ def material(tmp_path_factory):
 def launch(processes: int, *arguments: str) -> None:
     command = [sys.executable]
     if processes > 1:
-        # What `accelerate launch` starts for several devices; on CPUs it would ask for MPI.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        command += ["--master-port", str(port)]
+        # `accelerate launch`. With --cpu it would ask for MPI; --multi_gpu means several processes,
+        # which find out for themselves that there is no GPU and speak gloo.
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+        command += ["--num_processes", str(processes), "--main_process_port", str(port)]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["-m", "training", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(
