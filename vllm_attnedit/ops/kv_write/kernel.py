@@ -229,7 +229,10 @@ def write_kernel(
             block = slot // PAGE
             offset = slot % PAGE
             if part < Q_PARTS + KV_PARTS:
-                if kept | STORE_K:
+                needed = kept
+                if STORE_K:
+                    needed = token >= 0  # always; a constant is no boolean to every interpreter
+                if needed:
                     head = (part - Q_PARTS) * H + tl.arange(0, H)
                     ok = head < KV_HEADS
                     a, b, rest = _load_parts(
