@@ -28,8 +28,9 @@ def run(form, window, inputs, weight):
     ]
     parts = [x.detach().requires_grad_() for x in inputs]
     output, _ = packed_attention(
-        layer, *parts, mask, scaling=query.shape[-1] ** -0.5, sliding_window=window
-    )
+        layer, parts[0], parts[1], parts[2], mask,
+        scaling=query.shape[-1] ** -0.5, sliding_window=window,
+    )  # fmt: skip
     gradients = torch.autograd.grad((output.float() * weight).sum(), parts)
     return [output, *gradients]
 
