@@ -1,4 +1,4 @@
-"""The kernels as an Ascend would launch them: their constants, and bounds on what becomes of them."""
+"""The kernels as an Ascend would launch them, and a bound on what lowering makes of them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The linalg that Triton for Ascend makes of a kernel, run on this machine's CPU.
 
-It is what ``bishengir-compile`` gets; everything that Triton for Ascend decided is in it. MLIR's own
-passes turn it into loops, Triton's LLVM into machine code.
+It is what ``bishengir-compile`` gets; everything that Triton for Ascend decided is in it. MLIR's
+own passes turn it into loops, Triton's LLVM into machine code.
 """
 
 from __future__ import annotations

@@ -98,7 +98,8 @@ def compiler(name: str) -> Path:
 def to_hivm(linalg: str, folder: Path) -> Hivm:
     """Compile linalg with the options that Triton for Ascend passes on for a 910B."""
     tools, stages = folder / "tools", folder / "stages"
-    tools.mkdir(), stages.mkdir()
+    for created in (tools, stages):
+        created.mkdir()
     (tools / "hivmc").write_text(_FAKE_CODE_GENERATOR)
     (tools / "hivmc").chmod(0o755)
     source = folder / "kernel.mlir"
