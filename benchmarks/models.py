@@ -55,13 +55,17 @@ TEACHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def edit_for(teacher: dict[str, Any], target: str, window: int = 128) -> AttentionEdit:
+def edit_for(
+    teacher: dict[str, Any], target: str, window: int = 128, gate: str | None = None
+) -> AttentionEdit:
     """The default edit of a teacher: every sixth layer full, or latents of 512 + 64."""
-    plan = EditPlan(target=target, window=window if target == "gateswa" else None)
+    plan = EditPlan(target=target, window=window if target == "gateswa" else None, gate=gate)
     return build_edit(plan, SimpleNamespace(**teacher))
 
 
-def write_model(name: str, target: str, folder: Path, window: int = 128) -> Path:
+def write_model(
+    name: str, target: str, folder: Path, window: int = 128, gate: str | None = None
+) -> Path:
     """Write ``config.json`` of a teacher (``target="full"``) or of its edit; returns the folder.
 
     Serve it with ``--load-format dummy`` and token ids as prompts: speed and memory do not depend
@@ -74,7 +78,7 @@ def write_model(name: str, target: str, folder: Path, window: int = 128) -> Path
     else:
         config = AttnEditConfig(
             base_model_type=teacher["model_type"],
-            attention_edit=edit_for(teacher, target, window),
+            attention_edit=edit_for(teacher, target, window, gate),
             **{k: v for k, v in teacher.items() if k not in ("model_type", "architectures")},
         )
         config.save_pretrained(folder)

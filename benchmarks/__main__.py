@@ -1,0 +1,75 @@
+"""``python -m benchmarks serving CONFIG.yaml``: one command, one report.
+
+Bad input is one line on stderr and exit code 2; an interrupted run leaves a report of what it has
+and exits with 128 plus the signal's number.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from examples.quickstart.processes import stop_on_signals
+from vllm_attnedit.errors import AttnEditError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+@app.callback()
+def _overview() -> None:
+    """Benchmarks of this project; the kernels' are ``python -m benchmarks.kernels``."""
+
+
+@app.command()
+def serving(
+    config: Annotated[Path, typer.Argument(help="YAML file: see benchmarks/serving/configs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results; what is there already is not measured again."),
+    ] = None,
+    system: Annotated[
+        list[str] | None, typer.Option(help="Only this system now. Repeatable.")
+    ] = None,
+    workload: Annotated[
+        list[str] | None, typer.Option(help="Only this workload now. Repeatable.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Begin no level later than so many seconds from now.")
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option(help="Measure nothing; write the report of what is there.")
+    ] = False,
+) -> None:
+    """Throughput and latency of served models against their teacher's, under concurrency."""
+    from benchmarks.serving.options import load_options
+
+    options = load_options(config)
+    from benchmarks.serving.report import write_report
+    from benchmarks.serving.run import Benchmark
+
+    folder = out or Path(".cache") / "benchmarks" / options.name
+    benchmark = Benchmark(options, folder, system, workload, budget)
+    stop_on_signals()
+    try:
+        if not report_only:
+            benchmark.run()
+    finally:
+        # Also when interrupted: what was measured is reported, as far as it goes.
+        line = write_report(benchmark)
+    print(line)
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        app(prog_name="python -m benchmarks")
+    except AttnEditError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""What a serving benchmark is: the schema of its YAML file.
+
+Everything that a comparison must hold equal (``server``, ``workloads``) is stated once for all
+systems; a system can only say which model it is and how its window layers are served.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_attnedit.errors import AttnEditError
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class System(_Options):
+    """One of the things compared.
+
+    Attributes:
+        name: in tables; the first system is the control.
+        edit: ``full`` is the teacher in stock vLLM.
+        window_backend: ``stock`` serves window layers by vLLM's own attention, gate outside.
+        window_pages: ``packed`` or ``separate`` pages of window layers.
+        gate: of window layers; a dimension of the edit, so ``full`` has none.
+        arguments: further ones for ``vllm serve``; what must be equal everywhere is refused.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+    edit: Literal["full", "gateswa", "mla"]
+    window_backend: Literal["auto", "stock"] = "auto"
+    window_pages: Literal["separate", "packed"] = "separate"
+    gate: Literal["headwise", "elementwise", "none"] | None = None
+    arguments: tuple[str, ...] = ()
+
+
+class Server(_Options):
+    """Settings of ``vllm serve``, the same for all systems.
+
+    Attributes:
+        v2_runner: ``VLLM_USE_V2_MODEL_RUNNER``, which vLLM else sets by architecture name.
+        arguments: further ones.
+        environment: further variables.
+        start_s: how long a server may take to come up.
+        program: what to run instead of this environment's ``vllm``.
+        port: a fixed one; by default a free one is taken.
+    """
+
+    max_model_len: Positive
+    max_num_seqs: Positive = 512
+    max_num_batched_tokens: Positive = 8192
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    prefix_caching: bool = False
+    v2_runner: bool = False
+    enforce_eager: bool = False
+    dtype: str = "bfloat16"
+    arguments: tuple[str, ...] = ()
+    environment: dict[str, str] = {}
+    program: tuple[str, ...] = ()
+    start_s: Annotated[float, Field(gt=0)] = 900
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+
+
+class Workload(_Options):
+    """What is asked, and when. Lengths are tokens.
+
+    Attributes:
+        kind: ``random`` prompts that share nothing; ``multi_turn`` conversations that begin with
+            one shared prefix; a ``trace`` of lengths (and arrivals); recorded ``sessions`` of chat.
+        load: ``burst`` sends a level's requests at once; ``closed`` keeps that many users asking;
+            ``poisson`` arrivals at that many requests a second; ``trace`` takes the trace's own
+            arrival times, sped up by the level.
+        levels: concurrency, or the rate, by ``load``.
+        requests: of one level; ``burst`` sends as many as the level, ``closed`` stops when steady.
+        api: ``completions`` sends token ids, of exact length; ``chat`` (``random`` only; sessions
+            always) sends as many common words, whose tokens the server counts.
+        prefix_tokens: shared by all conversations of ``multi_turn``.
+        turns: of a conversation.
+        path: the trace's or the sessions' file.
+        repeats: of a burst, each with prompts of its own; their range is its interval.
+        systems: only these; by default all.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+    kind: Literal["random", "multi_turn", "trace", "sessions"] = "random"
+    load: Literal["burst", "closed", "poisson", "trace"] = "closed"
+    levels: Annotated[tuple[float, ...], Field(min_length=1)]
+    api: Literal["completions", "chat"] = "completions"
+    prompt_tokens: Positive = 1024
+    output_tokens: Positive = 256
+    requests: Positive = 128
+    prefix_tokens: Annotated[int, Field(ge=0)] = 0
+    turns: Positive = 1
+    path: Path | None = None
+    seed: int = 0
+    repeats: Positive = 1
+    systems: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Workload:
+        if (self.kind in ("trace", "sessions")) != (self.path is not None):
+            raise ValueError(f"path: give a file for kind trace or sessions, not for {self.kind}")
+        if self.load == "trace" and self.kind != "trace":
+            raise ValueError("load: trace needs kind: trace, which has arrival times")
+        if self.api == "chat" and self.kind != "random":
+            raise ValueError("api: chat is for kind random; sessions are chat by themselves")
+        if any(level <= 0 for level in self.levels):
+            raise ValueError("levels: give numbers above 0")
+        if self.load in ("burst", "closed") and any(level % 1 for level in self.levels):
+            raise ValueError(f"levels: a {self.load} load counts requests: give whole numbers")
+        return self
+
+
+class Measure(_Options):
+    """How long a level is measured.
+
+    A closed level counts as steady once ``windows`` windows of ``window_s`` seconds in a row had
+    output rates within ``within`` of their mean; before that it warms up. It ends then, or after
+    ``limit_s``, when it is reported as not steady. Burst and open loads end with their requests.
+
+    Attributes:
+        goal_s: seconds of steady state that are measured before a closed level ends.
+        crosscheck: the level repeated with ``vllm bench serve``, as ``workload:level``.
+        client_processes: of the load generator; more are added when one is too busy.
+    """
+
+    window_s: Annotated[float, Field(gt=0)] = 5
+    windows: Annotated[int, Field(ge=2)] = 3
+    within: Annotated[float, Field(gt=0)] = 0.1
+    goal_s: Annotated[float, Field(gt=0)] = 20
+    limit_s: Annotated[float, Field(gt=0)] = 300
+    warm_up_requests: Annotated[int, Field(ge=0)] = 2
+    scrape_s: Annotated[float, Field(gt=0)] = 0.5
+    client_processes: Positive = 1
+    crosscheck: str | None = None
+
+
+class Goal(_Options):
+    """Latency objectives of goodput."""
+
+    ttft_s: Annotated[float, Field(gt=0)] = 2.0
+    tpot_s: Annotated[float, Field(gt=0)] = 0.05
+
+
+class Options(_Options):
+    """A whole benchmark.
+
+    Attributes:
+        model: ``qwen3-8b`` or ``qwen3-30b-a3b`` (true dimensions, dummy weights), ``smollm2`` (the
+            real one), or ``{system name: checkpoint folder}``.
+        window: of the edit, in tokens.
+        repeat_control: serve the control once more at the end (A-B-A) and report its drift.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+    model: str | dict[str, Path]
+    window: Positive = 128
+    systems: Annotated[tuple[System, ...], Field(min_length=1)]
+    server: Server
+    workloads: Annotated[tuple[Workload, ...], Field(min_length=1)]
+    measure: Measure = Measure()
+    goal: Goal = Goal()
+    repeat_control: bool = True
+
+    @model_validator(mode="after")
+    def _fits(self) -> Options:
+        for field, names in (
+            ("systems", [system.name for system in self.systems]),
+            ("workloads", [workload.name for workload in self.workloads]),
+        ):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{field}: give each a name of its own, not {', '.join(names)}")
+        known = {system.name for system in self.systems}
+        for workload in self.workloads:
+            unknown = set(workload.systems or ()) - known
+            if unknown:
+                raise ValueError(f"workloads: {workload.name} names no system: {sorted(unknown)}")
+        if isinstance(self.model, dict) and set(self.model) != known:
+            raise ValueError(f"model: give a folder for each of {sorted(known)}")
+        return self
+
+
+def load_options(path: Path) -> Options:
+    """Read a benchmark's YAML file; relative paths in it are relative to the working folder.
+
+    Raises:
+        AttnEditError: naming the file, the field and what is wrong with it.
+    """
+    try:
+        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AttnEditError(str(path), error.strerror, "give a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise AttnEditError(str(path), error, "mend the YAML") from error
+    try:
+        return Options.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        shown = first["input"] if not isinstance(first["input"], dict) else "..."
+        raise AttnEditError(f"{path}: {field}", shown, first["msg"]) from error

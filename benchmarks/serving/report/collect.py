@@ -1,0 +1,193 @@
+"""All results of a benchmark in one JSON document: levels, ratios, drift, memory, rows.
+
+Besides ``provenance`` and ``rows``, which every committed result has, it holds ``levels`` (each
+with its figures, ratios to the control at the same workload and level, and samples), ``drift`` of
+the control between its two passes, ``memory`` and what is needed to repeat the run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.provenance import provenance
+from benchmarks.serving.run import passes
+from benchmarks.serving.stats import ratio
+from vllm_attnedit.accounting import kv_bytes_per_request, kv_bytes_per_token
+from vllm_attnedit.checkpoint import load_config
+
+if TYPE_CHECKING:
+    from benchmarks.serving.run import Benchmark
+
+METRICS: dict[str, tuple[str, str]] = {
+    "output_tokens_per_s": ("tok/s", "value"),
+    "ttft_s": ("s", "p50"),
+    "tpot_s": ("s", "p50"),
+    "itl_s": ("s", "p50"),
+    "latency_s": ("s", "p50"),
+}
+"""What is compared: unit, and the key of the figure (the interval is the median's)."""
+
+
+def collect(benchmark: Benchmark) -> dict[str, Any]:
+    """Read everything below the output folder."""
+    options = benchmark.options
+    control = options.systems[0].name
+    levels, missing = [], 0
+    for one in passes(options):
+        for _, _, path in benchmark.levels(one):
+            if path.exists():
+                levels.append(json.loads(path.read_text()))
+            else:
+                missing += 1
+    first = {
+        (level["workload"], level["level"]): level
+        for level in levels
+        if level["system"] == control and level["pass"] == 1
+    }
+    for level in levels:
+        level["ratios"] = _ratios(level, first.get((level["workload"], level["level"])))
+    servers = {
+        path.stem: json.loads(path.read_text())
+        for path in sorted((benchmark.out / "servers").glob("*.json"))
+    }
+    check = benchmark.out / "crosscheck.json"
+    report = {
+        "name": options.name,
+        "control": control,
+        "complete": missing == 0,
+        "missing": missing,
+        # That of the measurement, which a report written later must not pass off as its own.
+        "provenance": next(iter(servers.values()))["provenance"] if servers else provenance(),
+        "options": options.model_dump(mode="json"),
+        "servers": servers,
+        "drift": _drift(levels, first, control),
+        "crosscheck": json.loads(check.read_text()) if check.exists() else None,
+        "memory": [
+            _memory(level, servers, options.workloads) for level in levels if "figures" in level
+        ],
+        "levels": levels,
+    }
+    return {**report, "rows": _rows(report)}
+
+
+def _ratios(level: dict[str, Any], control: dict[str, Any] | None) -> dict[str, Any]:
+    if control is None or "figures" not in level or "figures" not in control:
+        return {}
+    ratios = {
+        name: ratio(level["figures"][name], control["figures"][name], key)
+        for name, (_, key) in METRICS.items()
+    }
+    ours, theirs = level["server"].get("peak_running"), control["server"].get("peak_running")
+    ratios["peak_running"] = {
+        "value": ours / theirs if ours and theirs else None,
+        "low": None,
+        "high": None,
+    }
+    return ratios
+
+
+def _drift(
+    levels: list[dict[str, Any]], first: dict[tuple[str, float], dict[str, Any]], control: str
+) -> dict[str, Any]:
+    """The control's second pass over its first: what the machine changed by itself."""
+    rows = []
+    for level in levels:
+        if level["system"] != control or level["pass"] == 1 or not level["ratios"]:
+            continue
+        rows.append(
+            {
+                "workload": level["workload"],
+                "level": level["level"],
+                **{
+                    name: level["ratios"][name]["value"] - 1
+                    for name in ("output_tokens_per_s", "ttft_s", "tpot_s")
+                    if level["ratios"][name]["value"]
+                },
+            }
+        )
+    rates = [abs(row["output_tokens_per_s"]) for row in rows if "output_tokens_per_s" in row]
+    return {"rows": rows, "worst": max(rates, default=None)}
+
+
+def _memory(
+    level: dict[str, Any], servers: dict[str, dict[str, Any]], workloads: Any
+) -> dict[str, Any]:
+    """KV memory three ways: by formula, as the server reported at its start, and as it was used."""
+    server = servers.get(level["system"], {})
+    figures, used = level["figures"], level["server"]
+    length = figures["prompt_tokens"] + figures["output_tokens"]
+    row: dict[str, Any] = {
+        "system": level["system"],
+        "pass": level["pass"],
+        "workload": level["workload"],
+        "level": level["level"],
+        "length": length,
+        "reported_concurrency": server.get("reported_concurrency"),
+        "reported_length": server.get("reported_length"),
+        **{k: used.get(k) for k in ("peak_running", "peak_kv_usage", "preemptions")},
+        "prefix_hit_rate": used.get("prefix_hit_rate"),
+        "formula_bytes_per_request": None,
+        "formula_bytes_per_token": None,
+    }
+    if server and length and Path(server["model"]).is_dir():
+        config = load_config(server["model"])
+        row["formula_bytes_per_request"] = kv_bytes_per_request(config, length, block_size=16)
+        row["formula_bytes_per_token"] = kv_bytes_per_token(config)
+    return row
+
+
+def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The committed form: one row a figure, with its ratio to the control."""
+    options, rows = report["options"], []
+    workloads = {workload["name"]: workload for workload in options["workloads"]}
+    for level in report["levels"]:
+        workload = workloads[level["workload"]]
+        lengths = f"{_short(workload['prompt_tokens'])}/{_short(workload['output_tokens'])}"
+        again = " again" if level["pass"] > 1 else ""
+        case = (
+            f"serving {_model(options)} {level['system']}{again} {workload['load']} "
+            f"C{level['level']:g} {lengths} {level['workload']}"
+        )
+        if "figures" not in level:
+            rows.append({"case": case, "metric": "status", "value": level["status"], "unit": ""})
+            continue
+        shared = {
+            "control": report["control"],
+            "peak_running": level["server"].get("peak_running"),
+            "peak_kv_usage": level["server"].get("peak_kv_usage"),
+            "preemptions": level["server"].get("preemptions"),
+            "status": level["status"],
+        }
+        for name, (unit, key) in METRICS.items():
+            figure, own = level["figures"][name], level["ratios"].get(name, {})
+            rows.append(
+                {
+                    "case": case,
+                    "metric": name if key == "value" else f"median_{name}",
+                    "value": figure[key],
+                    "unit": unit,
+                    "low": figure["low"],
+                    "high": figure["high"],
+                    "ratio": own.get("value"),
+                    "ratio_low": own.get("low"),
+                    "ratio_high": own.get("high"),
+                    **{p: figure[p] for p in ("p90", "p99") if p in figure},
+                    **shared,
+                }
+            )
+        good = level["figures"]["goodput"]
+        rows.append(
+            {"case": case, "metric": "goodput", "value": good["requests_per_s"], "unit": "req/s",
+             "share": good["share"], **shared}
+        )  # fmt: skip
+    return rows
+
+
+def _model(options: dict[str, Any]) -> str:
+    return options["model"] if isinstance(options["model"], str) else options["name"]
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)

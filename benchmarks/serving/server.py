@@ -1,0 +1,156 @@
+"""``vllm serve`` of one system, ended with all its processes when the block ends."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from benchmarks.serving.options import Server, System
+from examples.quickstart.processes import errors_or_end, process_group
+from vllm_attnedit.errors import AttnEditError
+
+_MEMORY = re.compile(r"out of memory|OutOfMemory|No available memory|Cannot allocate memory", re.I)
+_EQUAL = (
+    "--max-model-len",
+    "--max-num-seqs",
+    "--max-num-batched-tokens",
+    "--gpu-memory-utilization",
+    "--enable-prefix-caching",
+    "--no-enable-prefix-caching",
+    "--enforce-eager",
+    "--dtype",
+    "--kv-cache-dtype",
+    "--block-size",
+    "--port",
+    "--host",
+)
+
+
+class ServerFailed(RuntimeError):
+    """The server ended or did not come up; the text is what its log says of it.
+
+    Attributes:
+        out_of_memory: whether that was the cause.
+    """
+
+    def __init__(self, log: Path) -> None:
+        said = errors_or_end(log) if log.is_file() else "no log"
+        super().__init__(f"{log}: {said}")
+        self.out_of_memory = bool(_MEMORY.search(said))
+
+
+@dataclass
+class Running:
+    """A server that is up."""
+
+    base_url: str
+    process: subprocess.Popen[bytes]
+    command: list[str]
+    log: Path
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process still runs."""
+        return self.process.poll() is None
+
+
+def check_system(system: System) -> None:
+    """Refuse arguments that would make one system's server unlike the others'.
+
+    Raises:
+        AttnEditError: naming the argument.
+    """
+    for argument in system.arguments:
+        name = argument.split("=")[0]
+        if name in _EQUAL:
+            fix = "set it under server, where it holds for all systems"
+            raise AttnEditError(f"systems.{system.name}.arguments", argument, fix)
+
+
+def command_of(system: System, server: Server, model: Path, name: str, port: int) -> list[str]:
+    """The ``vllm serve`` command line."""
+    program = server.program or (str(Path(sys.executable).with_name("vllm")),)
+    command = [*program, "serve", str(model), "--served-model-name", name]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--max-model-len", str(server.max_model_len)]
+    command += ["--max-num-seqs", str(server.max_num_seqs)]
+    command += ["--max-num-batched-tokens", str(server.max_num_batched_tokens)]
+    command += ["--gpu-memory-utilization", str(server.gpu_memory_utilization)]
+    command += ["--dtype", server.dtype]
+    caching = "--enable-prefix-caching" if server.prefix_caching else "--no-enable-prefix-caching"
+    command.append(caching)
+    if server.enforce_eager:
+        command.append("--enforce-eager")
+    options: dict[str, str] = {}
+    if system.window_backend != "auto":
+        options["attnedit_window_backend"] = system.window_backend
+    if system.window_pages != "separate":
+        options["attnedit_window_pages"] = system.window_pages
+    if options:
+        pairs = ", ".join(f'"{key}": "{value}"' for key, value in options.items())
+        command += ["--additional-config", "{" + pairs + "}"]
+    return [*command, *server.arguments, *system.arguments]
+
+
+def environment_of(server: Server) -> dict[str, str]:
+    """Variables of the server's process."""
+    return {
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if server.v2_runner else "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **server.environment,
+    }
+
+
+@contextmanager
+def serving(system: System, server: Server, model: Path, name: str, log: Path) -> Iterator[Running]:
+    """Serve ``model`` while the block runs; its port is free again afterwards.
+
+    Raises:
+        AttnEditError: if the port is taken.
+        ServerFailed: if it ends or is not up in time.
+    """
+    port = server.port or _free_port()
+    _require_free(port)
+    command = command_of(system, server, model, name, port)
+    base_url = f"http://127.0.0.1:{port}"
+    with process_group(command, log=log, env=environment_of(server)) as process:
+        deadline = time.monotonic() + server.start_s
+        while not _healthy(base_url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ServerFailed(log)
+            time.sleep(0.25)
+        yield Running(base_url, process, command, log)
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            fix = f"end what listens there or give another port ({error.strerror})"
+            raise AttnEditError("server.port", port, fix) from error
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _healthy(base_url: str) -> bool:
+    try:
+        return httpx.get(base_url + "/health", timeout=5).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False

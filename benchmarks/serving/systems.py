@@ -1,0 +1,107 @@
+"""Where each system's model comes from: dimensions alone, the small real model, or the user's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.models import TEACHERS, write_model
+from benchmarks.serving.options import Options, System
+from examples.quickstart.teacher import CACHE, fetch_teacher
+from vllm_attnedit.checkpoint import read_json
+from vllm_attnedit.errors import AttnEditError
+
+SMALL = "smollm2"
+
+
+def prepare(options: Options, system: System, folder: Path) -> Path:
+    """A checkpoint folder for ``system``, written below ``folder`` if need be.
+
+    Raises:
+        AttnEditError: for a model that is not known or not there.
+    """
+    if isinstance(options.model, dict):
+        path = options.model[system.name]
+        if not (path / "config.json").is_file():
+            raise AttnEditError(f"model.{system.name}", path, "give a checkpoint folder")
+        return path
+    gate = "" if system.gate is None else f"-{system.gate}"
+    out = folder / f"{options.model}-{system.edit}{gate}-{options.window}"
+    if (out / "config.json").is_file():
+        return out
+    if options.model == SMALL:
+        return _edit_small(system, options.window, out)
+    if options.model not in TEACHERS:
+        known = ", ".join([*TEACHERS, SMALL])
+        raise AttnEditError("model", options.model, f"use {known}, or a folder for each system")
+    write_model(options.model, system.edit, out, options.window, gate=system.gate)
+    write_tokenizer(out, TEACHERS[options.model]["vocab_size"])
+    return out
+
+
+def is_dummy(options: Options) -> bool:
+    """Whether weights are to be made up by the server: their values change no speed."""
+    return isinstance(options.model, str) and options.model in TEACHERS
+
+
+def describe(folder: Path, name: str, max_model_len: int) -> dict[str, Any]:
+    """What the load generator must know of a model."""
+    config = read_json(folder / "config.json")
+    return {"name": name, "vocab_size": config["vocab_size"], "max_model_len": max_model_len}
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer of as many words as there are ids, where none comes with the dimensions.
+
+    Servers detokenize with it, as they would with a real one, and ``vllm bench`` counts with it.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{i}": i for i in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="t0", eos_token="t1", pad_token="t1"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    fast.save_pretrained(folder)
+
+
+def _edit_small(system: System, window: int, out: Path) -> Path:
+    gguf = fetch_teacher(CACHE)
+    if system.edit == "full":
+        _export_teacher(gguf, out)
+        return out
+    command = [str(Path(sys.executable).with_name("attnedit")), "edit", str(gguf), str(out)]
+    command += ["--target", system.edit, "--init", "inherit"]
+    if system.edit == "gateswa":
+        command += ["--window", str(window)]
+        command += [] if system.gate is None else ["--gate", system.gate]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AttnEditError("model", SMALL, f"attnedit edit failed: {done.stderr.strip()}")
+    return out
+
+
+def _export_teacher(gguf: Path, out: Path) -> None:
+    """The GGUF file's model as a checkpoint folder, in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+    )
+    model.hf_quantizer, model.is_quantized = None, False
+    part = out.with_name(out.name + ".part")
+    model.save_pretrained(part)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+    config = read_json(part / "config.json")
+    config.pop("quantization_config", None)
+    (part / "config.json").write_text(json.dumps(config, indent=2))
+    part.rename(out)

@@ -1,0 +1,116 @@
+"""The load generator against servers whose delays are known."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from benchmarks.serving.options import Workload
+from benchmarks.serving.records import CUT
+from benchmarks.serving.workloads import Plan
+from tests.unit.serving.conftest import RunLoad, StartFake
+
+SHORT = ("--prompt-tokens", "50", "--output-tokens", "20")
+
+
+def test_known_delays_come_out_within_two_milliseconds(fake: StartFake, load: RunLoad) -> None:
+    """Every answer is late by what other processes on the machine held up; the quickest quarter of
+    them tells what the harness itself adds."""
+    server = fake("--ttft", "0.1", "--tpot", "0.02")
+    for api in ("completions", "chat"):
+        done = load(server.url, "-u", "3", "-t", "4s", "--api", api, *SHORT)
+        assert done.code == 0, done.output
+        assert len(done.whole) >= 15
+        assert all((r.prompt_tokens, r.output_tokens) == (50, 20) for r in done.whole)
+        assert all(len(r.gaps_s) == 19 for r in done.whole)
+        assert min(r.ttft_s for r in done.whole) >= 0.1
+        assert np.quantile([r.ttft_s for r in done.whole], 0.25) < 0.102
+        assert abs(median(r.tpot_s or 0 for r in done.whole) - 0.02) < 0.002
+        assert abs(median(g for r in done.whole for g in r.gaps_s) - 0.02) < 0.002
+        assert 0.48 <= min(r.latency_s for r in done.whole) < 0.484
+
+
+def test_waiting_in_the_server_is_part_of_ttft(fake: StartFake, load: RunLoad) -> None:
+    """Six at once where two run: three rounds of 0.2 s."""
+    server = fake("--ttft", "0.1", "--tpot", "0.01", "--slots", "2")
+    arguments = ("-u", "6", "--load", "burst", "--prompt-tokens", "50", "--output-tokens", "11")
+    times = sorted(record.ttft_s for record in load(server.url, *arguments).records)
+    assert np.allclose(times, [0.1, 0.1, 0.3, 0.3, 0.5, 0.5], atol=0.03)
+
+
+def test_a_closed_load_keeps_its_users_asking(fake: StartFake, load: RunLoad) -> None:
+    server = fake("--ttft", "0.1", "--tpot", "0.01")
+    done = load(server.url, "-u", "3", "-t", "4s", *SHORT)
+    assert {record.error for record in done.records} <= {"", CUT}
+    seconds = max(r.end_s for r in done.records) - min(r.sent_s for r in done.records)
+    assert len(done.whole) > 0.8 * 3 * seconds / 0.29 - 3
+    assert sum(record.error == CUT for record in done.records) <= 3
+    numbers = [record.number for record in done.records]
+    assert len(set(numbers)) == len(numbers)
+    assert set(numbers) == set(range(max(numbers) + 1)) or max(numbers) < len(numbers) + 3
+    assert 2 < done.costs[0].streams < 3.1
+    assert "TTFT" in done.output
+
+
+def test_two_processes_share_the_work(fake: StartFake, load: RunLoad) -> None:
+    server = fake("--ttft", "0.05", "--tpot", "0.01")
+    done = load(server.url, "-u", "4", "--load", "burst", "--processes", "2", *SHORT)
+    assert sorted(record.number for record in done.whole) == [0, 1, 2, 3]
+    assert len(done.costs) == 2
+
+
+def test_open_loads_send_when_due(fake: StartFake, load: RunLoad) -> None:
+    """Poisson arrivals of the plan, whatever the server does."""
+    server = fake("--ttft", "0.5", "--tpot", "0.01", "--slots", "2")
+    arguments = ("--load", "poisson", "--rate", "20", "--requests", "20", "--output-tokens", "5")
+    done = load(server.url, "-u", "1", *arguments, "--prompt-tokens", "50", "--seed", "7")
+    assert len(done.whole) == 20, done.output
+    plan = Plan(Workload(name="w", load="poisson", levels=(20,), requests=20, seed=7), 32_000, 4096)
+    sent = np.array([record.sent_s for record in done.records])
+    due = plan.arrivals(20)
+    assert np.allclose(sent - sent[0], due - due[0], atol=0.02)
+    assert max(record.late_s for record in done.records) < 0.02
+
+
+def test_a_trace_is_replayed_faster(fake: StartFake, load: RunLoad, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(
+        '{"timestamp": 500, "input_length": 600, "output_length": 3, "hash_ids": [0, 1]}\n'
+        '{"timestamp": 2500, "input_length": 5, "output_length": 4, "hash_ids": [0]}\n'
+    )
+    server = fake("--ttft", "0.01", "--tpot", "0.01")
+    done = load(server.url, "-u", "1", "--kind", "trace", "--trace", str(trace), "--load", "trace",
+                "--rate", "4")  # fmt: skip
+    first, second = done.whole
+    assert (first.prompt_tokens, second.prompt_tokens) == (600, 5)
+    assert (first.output_tokens, second.output_tokens) == (3, 4)
+    assert abs(second.sent_s - first.sent_s - 0.5) < 0.02
+
+
+def test_errors_are_errors(fake: StartFake, load: RunLoad, tmp_path: Path) -> None:
+    server = fake()
+    wrong = load(server.url, "-u", "2", "--load", "burst", "--model-name", "gpt", *SHORT)
+    assert all("`gpt` does not exist" in record.error for record in wrong.records)
+    assert wrong.code == 1
+    nobody = load("http://127.0.0.1:9", "-u", "2", "--load", "burst", *SHORT)
+    assert nobody.code == 2
+    assert "OpenAI-compatible" in nobody.output
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 5, "output_length": 4}\n{"time": 1}\n')
+    bad = load(server.url, "-u", "1", "--kind", "trace", "--trace", str(trace))
+    assert bad.code == 2
+    assert "line 2" in bad.output
+
+
+def test_a_server_that_dies_leaves_failed_requests(fake: StartFake, load: RunLoad) -> None:
+    """None of its requests counts as whole, and the generator survives."""
+    server = fake("--ttft", "0.1", "--tpot", "0.1")
+    threading.Timer(4.0, server.process.kill).start()
+    done = load(server.url, "-u", "3", "--load", "burst", "--output-tokens", "500")
+    assert len(done.records) == 3, done.output
+    assert not done.whole
+    assert all(record.failed for record in done.records)
+    assert all(record.first_s for record in done.records)
