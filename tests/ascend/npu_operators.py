@@ -56,8 +56,11 @@ def visible(queries: int, keys: int, mode: int, before: int, after: int) -> Tens
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float, sink: Tensor | None
-) -> Tensor:
-    """``(t, N, D)`` queries to ``(s, K, D)`` keys under the mask ``(t, s)``."""
+) -> tuple[Tensor, Tensor]:
+    """``(t, N, D)`` queries to ``(s, K, D)`` keys under the mask ``(t, s)``.
+
+    Returns the output and the logarithm ``(t, N)`` of the softmax's sum.
+    """
     group = query.shape[1] // key.shape[1]
     key, value = (x.float().repeat_interleave(group, 1) for x in (key, value))
     scores = torch.einsum("tnd,snd->nts", query.float(), key) * scale
@@ -67,7 +70,8 @@ def attend(
         weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    return torch.einsum("nts,snd->tnd", weights, value).to(query.dtype)
+    output = torch.einsum("nts,snd->tnd", weights, value).to(query.dtype)
+    return output, scores.logsumexp(-1).T
 
 
 def fused_infer_attention(
@@ -117,6 +121,7 @@ def fused_infer_attention(
     out = query.new_empty(
         *query.shape[:2], value.shape[-1] if block_table is None else query.shape[2]
     )
+    lse = query.new_empty(*query.shape[:2], dtype=torch.float32)
     begin = key_begin = 0
     for request, (end, length) in enumerate(zip(actual_seq_lengths, actual_seq_lengths_kv)):
         if block_table is not None:
@@ -128,9 +133,11 @@ def fused_infer_attention(
             keys, values = key[key_begin:length], value[key_begin:length]
             key_begin = length
         seen = visible(end - begin, len(keys), sparse_mode, pre_tokens, next_tokens)
-        out[begin:end] = attend(query[begin:end], keys, values, seen, scale, learnable_sink)
+        out[begin:end], lse[begin:end] = attend(
+            query[begin:end], keys, values, seen, scale, learnable_sink
+        )
         begin = end
-    return out, query.new_empty(*query.shape[:2], 1, dtype=torch.float32)
+    return out, lse.unsqueeze(-1)
 
 
 def write_pages(

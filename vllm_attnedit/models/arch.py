@@ -8,10 +8,10 @@ from vllm_attnedit.config import LATENT
 
 
 class AttnEditArchConvertor(ModelArchConfigConvertorBase):
-    """On CUDA a model of latent layers is MLA to vLLM: one latent a token instead of KV heads, for
-    its connectors, its context parallelism and its own MLA layers.
+    """On CUDA and Ascend a model of latent layers is MLA to vLLM: one latent a token instead of KV
+    heads, for its connectors, its context parallelism and its own MLA layers.
 
-    Not on other platforms, where vLLM has no MLA and would refuse it, or turn chunked prefill off.
+    Not on a CPU, where vLLM has no MLA and would refuse it, or turn chunked prefill off.
     """
 
     def is_deepseek_mla(self) -> bool:
@@ -19,7 +19,8 @@ class AttnEditArchConvertor(ModelArchConfigConvertorBase):
         from vllm.platforms import current_platform
 
         types = set(self.hf_text_config.attention_edit["layer_types"])
-        return types == {LATENT} and current_platform.is_cuda()
+        has_mla = current_platform.is_cuda() or current_platform.device_type == "npu"
+        return types == {LATENT} and has_mla
 
     def _get_qk_rope_head_dim(self) -> int:
         width: int = self.hf_text_config.qk_rope_head_dim

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from vllm_attnedit.config import LATENT, AttnEditConfig
@@ -93,5 +94,9 @@ class AttnEditForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        if current_platform.device_type == "npu" and LATENT in self.config.edit.layer_types:
+            from vllm_attnedit.layers.latent_ascend import interleave_rope_rows
+
+            weights = interleave_rope_rows(weights, self.config)
         loader = WeightLoader(self, self.config, quantized=self.quant_config is not None)
         return loader.load(weights)

@@ -18,12 +18,22 @@ from vllm.model_executor.models.utils import (
     make_empty_intermediate_tensors_factory,
     make_layers,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from vllm_attnedit.config import LATENT, AttnEditConfig
 from vllm_attnedit.layers.gated import GatedAttention
 from vllm_attnedit.layers.latent import LatentAttention
 from vllm_attnedit.tensors import is_moe_layer
+
+
+def latent_layer() -> type[nn.Module]:
+    """The MLA layer of this platform."""
+    if current_platform.device_type == "npu":
+        from vllm_attnedit.layers.latent_ascend import AscendLatentAttention
+
+        return AscendLatentAttention
+    return LatentAttention
 
 
 class DecoderLayer(nn.Module):
@@ -34,7 +44,7 @@ class DecoderLayer(nn.Module):
         config: AttnEditConfig = vllm_config.model_config.hf_text_config
         layer_idx = extract_layer_index(prefix)
         latent = config.edit.layer_types[layer_idx] == LATENT
-        attention = LatentAttention if latent else GatedAttention
+        attention = latent_layer() if latent else GatedAttention
         self.self_attn = attention(vllm_config, layer_idx, prefix=f"{prefix}.self_attn")
         if is_moe_layer(config, layer_idx):
             self.mlp = Qwen3MoeSparseMoeBlock(vllm_config=vllm_config, prefix=f"{prefix}.mlp")

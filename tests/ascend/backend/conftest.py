@@ -7,7 +7,7 @@ import torch
 import torch_npu
 from vllm.platforms import current_platform
 
-from tests.ascend import npu_operators
+from tests.ascend import mla_operators, npu_operators
 from vllm_attnedit.backends import ascend_limits
 
 
@@ -23,6 +23,7 @@ def prepare() -> None:
 
     load_general_plugins()
     npu_operators.install()
+    mla_operators.install()
 
 
 # Before test modules are imported: vllm-ascend's own modules import each other in a circle, which
@@ -34,5 +35,9 @@ prepare()
 def without_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """What would ask the device; and float32, which it does not take, makes tests exact."""
     monkeypatch.setattr(torch_npu.npu, "current_device", lambda: 0)
+    zeros = torch.zeros
+    monkeypatch.setattr(
+        torch, "zeros", lambda *shape, pin_memory=False, **options: zeros(*shape, **options)
+    )
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self)
     monkeypatch.setattr(ascend_limits, "DTYPES", (*ascend_limits.DTYPES, "float32"))

@@ -24,6 +24,7 @@ from vllm.distributed import (
     initialize_model_parallel,
 )
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -34,7 +35,7 @@ from vllm.v1.core.kv_cache_utils import (
     get_request_block_hasher,
     init_none_hash,
 )
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, MLAAttentionSpec
 from vllm.v1.request import Request
 
 from vllm_attnedit.hf import AttnEditForCausalLM
@@ -89,7 +90,13 @@ class Server:
         self.config = config
         self.model = initialize_model(config)
         self.model.load_weights(reference.state_dict().items())
-        self.layers = config.compilation_config.static_forward_context
+        self.layers = {
+            name: layer
+            for name, layer in config.compilation_config.static_forward_context.items()
+            if isinstance(layer, AttentionLayerBase)
+        }
+        for layer in self.layers.values():
+            layer.process_weights_after_loading(config.model_config.dtype)
         specs = {name: layer.get_kv_cache_spec(config) for name, layer in self.layers.items()}
         groups = get_kv_cache_groups(config, specs)
         self.names = [group.layer_names for group in groups]
@@ -120,8 +127,14 @@ class Server:
 
     def _pages(self, num_blocks: int) -> tuple[Tensor, Tensor]:
         spec = self.specs[0]
-        shape = (num_blocks, BLOCK, spec.num_kv_heads, spec.head_size)
-        return torch.full(shape, POISON), torch.full(shape, POISON)
+        widths = (spec.head_size, spec.head_size)
+        if isinstance(spec, MLAAttentionSpec):
+            layer = self.layers[self.names[0][0]]
+            widths = (layer.kv_lora_rank, layer.qk_rope_head_dim)
+        keys, values = (
+            torch.full((num_blocks, BLOCK, spec.num_kv_heads, width), POISON) for width in widths
+        )
+        return keys, values
 
     def add(self, prompt: list[int]) -> Running:
         request = Request(

@@ -160,9 +160,11 @@ def test_an_engine_keeps_the_kernel_that_loses_least():
     assert engine_kernel(**(where | {"qk_rope_head_dim": 32})) == "triton"
 
 
-@pytest.mark.parametrize(("cuda_there", "latent"), [(True, True), (True, False), (False, True)])
-def test_vllm_takes_latent_models_for_mla_on_cuda_only(
-    cuda_there: bool, latent: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("device", "latent"), [("cuda", True), ("npu", True), ("cuda", False), ("cpu", True)]
+)
+def test_vllm_takes_latent_models_for_mla_where_it_has_that(
+    device: str, latent: bool, monkeypatch: pytest.MonkeyPatch
 ):
     import vllm.platforms
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
@@ -171,9 +173,10 @@ def test_vllm_takes_latent_models_for_mla_on_cuda_only(
     from vllm_attnedit.plugin import register_with_vllm
 
     register_with_vllm()
-    platform = SimpleNamespace(is_cuda=lambda: cuda_there)
+    has_mla = device != "cpu"
+    platform = SimpleNamespace(is_cuda=lambda: device == "cuda", device_type=device)
     monkeypatch.setattr(vllm.platforms, "_current_platform", platform)
     config = tiny_edited("qwen3", tiny_edit("mla" if latent else "gateswa")).config
     converted = MODEL_ARCH_CONFIG_CONVERTORS["attnedit"](config, config).convert()
-    assert converted.is_deepseek_mla is (cuda_there and latent)
-    assert converted.head_size == (64 + 16 if cuda_there and latent else 32)
+    assert converted.is_deepseek_mla is (has_mla and latent)
+    assert converted.head_size == (64 + 16 if has_mla and latent else 32)
