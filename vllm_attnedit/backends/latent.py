@@ -11,6 +11,7 @@ of all heads as float32, in units of the cache's dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +33,8 @@ from vllm_attnedit.ops.mla_prefill import mla_prefill
 class LatentImpl(AttentionImpl[LatentMetadata]):
     """Attention of one layer.
 
+    ``expanded_operator`` attends over expanded keys and values, as :func:`mla_prefill` does.
+
     Args:
         num_heads: N of this rank.
         head_size: elements of a cache entry.
@@ -40,6 +43,8 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         qk_rope_head_dim: P.
         kv_cache_dtype: vLLM's name of it.
     """
+
+    expanded_operator: ClassVar[Callable[..., Tensor]] = staticmethod(mla_prefill)
 
     def __init__(
         self,
@@ -122,7 +127,12 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
             return
         written = slots >= 0
         flat = kv_cache.view(-1, kv_cache.shape[-1])
-        flat[slots[written]] = key[written, 0].to(flat.dtype)
+        entries = key[written, 0]
+        if self.fp8_dtype is not None:
+            limit = torch.finfo(self.fp8_dtype).max
+            scaled = (entries.float() / layer._k_scale).clamp(-limit, limit)
+            flat, entries = (x.view(torch.uint8) for x in (flat, scaled.to(self.fp8_dtype)))
+        flat[slots[written]] = entries
 
     def _read(
         self, flat: Tensor, slots: Tensor, kv_scale: Tensor | None, dtype: torch.dtype
@@ -148,8 +158,23 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         output: Tensor,
     ) -> None:
         q_nope, q_rope = query.split([query.shape[2] - self.rope, self.rope], dim=-1)
-        latent = mla_decode(
-            layer.up.absorb_query(q_nope),
+        latent = query.new_empty(*query.shape[:2], self.rank)
+        q_latent = layer.up.absorb_query(q_nope)
+        self._attend_pages(q_latent, q_rope, kv_cache, kv_scale, metadata, latent)
+        layer.up.expand_value(latent, output)
+
+    def _attend_pages(
+        self,
+        q_latent: Tensor,
+        q_rope: Tensor,
+        kv_cache: Tensor,
+        kv_scale: Tensor | None,
+        metadata: LatentMetadata,
+        out: Tensor,
+    ) -> None:
+        """(T, N, R) and (T, N, P) to the cache; ``out`` (T, N, R)."""
+        mla_decode(
+            q_latent,
             q_rope,
             kv_cache[..., : self.rank + self.rope],
             metadata.block_table,
@@ -158,11 +183,10 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
             scale=self.scale,
             max_seq_len=metadata.max_seq_len,
             max_query_len=metadata.max_decode_len,
-            out=query.new_empty(*query.shape[:2], self.rank),
+            out=out,
             kv_scale=kv_scale,
             key_scale=self._factors(kv_cache),
         )
-        layer.up.expand_value(latent, output)
 
     def _prefill(
         self,
@@ -212,7 +236,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         q_nope, q_rope = query.split([query.shape[2] - self.rope, self.rope], dim=-1)
         latent, k_rope = key[:, : self.rank], key[:, self.rank : self.rank + self.rope]
         k_nope, value = layer.up.expand(latent)
-        mla_prefill(
+        self.expanded_operator(
             q_nope,
             q_rope,
             k_nope,

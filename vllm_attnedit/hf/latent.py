@@ -98,7 +98,7 @@ class LatentAttention(EditedAttention):
         if self.per_head_norm:
             latent = latent.unsqueeze(1)
             inverse = self._inverse_rms(latent, k_pe)
-            k_pe = k_pe * self.k_norm.weight[self.qk_nope_head_dim :]
+            k_pe = k_pe * self._key_weight()[self.qk_nope_head_dim :]
         else:
             latent = self.kv_a_layernorm(latent).unsqueeze(1)  # (B, 1, T, R)
         q_pe, k_pe = self._apply_rope(q_pe, k_pe, *position_embeddings)
@@ -113,12 +113,17 @@ class LatentAttention(EditedAttention):
                 inverse = beside[..., self.qk_rope_head_dim :]
         k_nope, value = self._expand(latent)
         if inverse is not None:
-            k_nope = k_nope * self.k_norm.weight[: self.qk_nope_head_dim]
+            k_nope = k_nope * self._key_weight()[: self.qk_nope_head_dim]
         key = torch.cat([k_nope, k_pe.expand(-1, self.num_heads, -1, -1)], dim=-1)
         if inverse is not None:  # (B, 1, S, N)
             key = (key * inverse.transpose(1, 3)).to(value.dtype)
         query = torch.cat([q_nope, q_pe], dim=-1)
         return self.attend(hidden_states, query, key, value, attention_mask, **kwargs)
+
+    def _key_weight(self) -> Tensor:
+        weight = self.k_norm.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, S, R) to unrotated keys (B, N, S, C) and values (B, N, S, V)."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.unit.backends import latent_case
-from tests.unit.backends.latent_case import Case
+from tests.unit.backends.latent_case import B, Case
 from tests.unit.ops.conftest import interpreted  # noqa: F401  the worker that interprets Triton
 from vllm_attnedit.backends.latent_steps import context_parts
 
@@ -44,9 +44,10 @@ def test_per_head_factors(backend: str):
     assert latent_case.run(Case(STEPS, backend=backend, normed=True)) < BOUNDS["fp32"]
 
 
-def test_an_fp8_cache_is_read_with_its_scale():
+@pytest.mark.parametrize("backend", ["latent:LatentBackend", "latent_cpu:LatentCPUBackend"])
+def test_an_fp8_cache_is_read_with_its_scale(backend: str):
     # The chunk's own latents are not rounded, those read back are: near, not equal.
-    error = latent_case.run(Case(STEPS, kv_cache_dtype="fp8"))
+    error = latent_case.run(Case(STEPS, kv_cache_dtype="fp8", backend=backend))
     assert error < 0.05
 
 
@@ -72,3 +73,30 @@ def test_contexts_are_cut_without_loss():
     parts = context_parts([5, 0, 12, 3], 8)
     assert parts == [[(0, 0, 5), (2, 0, 3)], [(2, 3, 11)], [(2, 11, 12), (3, 0, 3)]]
     assert context_parts([0, 0], 8) == []
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("tile", [1, 5 * B * 80 * 4, 1 << 20])
+def test_cpu_tiles_of_any_size(tile: int, normed: bool, monkeypatch: pytest.MonkeyPatch):
+    """From a page at a time, every sequence in several stretches, to all of a batch at once."""
+    from vllm_attnedit.ops.mla_decode import cpu
+
+    monkeypatch.setattr(cpu, "TILE_BYTES", tile)
+    case = Case(STEPS, backend="latent_cpu:LatentCPUBackend", normed=normed)
+    assert latent_case.run(case) < BOUNDS["fp32"]
+
+
+def test_cpu_groups_hold_every_key_once():
+    from vllm_attnedit.ops.mla_decode.cpu import groups
+
+    query_lens, seq_lens = [1, 1, 0, 4, 1, 1], [70, 16, 40, 33, 17, 0]
+    made = list(groups(query_lens, seq_lens, page=16, most=50))
+    held = [s for group in made for s in group.stretches]
+    assert sorted((s.request, s.start, s.stop) for s in held) == [
+        (0, 0, 48), (0, 48, 70), (1, 0, 16), (3, 0, 33), (4, 0, 17),
+    ]  # fmt: skip
+    for group in made:
+        lengths = [s.stop - s.start for s in group.stretches]
+        assert lengths == sorted(lengths, reverse=True)
+        assert len(lengths) * -(-lengths[0] // 16) * 16 <= 48
+        assert {query_lens[s.request] for s in group.stretches} == {group.query_len}

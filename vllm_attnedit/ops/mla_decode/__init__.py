@@ -60,8 +60,9 @@ def mla_decode(
             expanded output: apply it there with :mod:`vllm_attnedit.ops.sigmoid_gate`.
         out: ``(T, N, C)`` like q_latent, written in place; None for a new one.
         kv_scale: one float32, factor of the entries of an FP8 cache.
-        key_scale: ``(num_blocks, block_size, N)`` float32, a factor of each key's scores by head: the
-            inverse root mean square of a per-head norm. Any strides but a contiguous last axis.
+        key_scale: ``(num_blocks, block_size, N)`` float32, a factor of each key's scores by
+            head: the inverse root mean square of a per-head norm. Any strides but a contiguous last
+            axis.
         workspace: float32 scratch for sequences that several programs share; None for a new one.
             Either way its size follows from shapes and bounds, so that a CUDA graph can be
             captured.
