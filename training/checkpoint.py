@@ -125,8 +125,9 @@ class Checkpoints:
 
         def weights() -> Iterator[tuple[str, Tensor]]:
             yield f"{GENERATORS}cpu.{rank}", torch.get_rng_state()
-            if self._devices.device.type == "cuda":
-                yield f"{GENERATORS}cuda.{rank}", torch.cuda.get_rng_state(self._devices.device)
+            api, device = self._devices.api, self._devices.device
+            if api is not None:
+                yield f"{GENERATORS}{device.type}.{rank}", api.get_rng_state(device)
             for name, parameter in stage.trained.items():
                 value = whole(parameter)  # every process gathers, whoever writes
                 if writes:
@@ -208,10 +209,9 @@ class Checkpoints:
         rank = self._devices.rank
         if f"{GENERATORS}cpu.{rank}" in generators:
             torch.set_rng_state(generators.load(f"{GENERATORS}cpu.{rank}"))
-        if f"{GENERATORS}cuda.{rank}" in generators and self._devices.device.type == "cuda":
-            torch.cuda.set_rng_state(
-                generators.load(f"{GENERATORS}cuda.{rank}"), self._devices.device
-            )
+        name = f"{GENERATORS}{self._devices.device.type}.{rank}"
+        if self._devices.api is not None and name in generators:
+            self._devices.api.set_rng_state(generators.load(name), self._devices.device)
 
 
 def _fresh(folder: Path) -> None:

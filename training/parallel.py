@@ -51,6 +51,16 @@ class Devices:
         set_seed(seed)
 
     @property
+    def api(self) -> Any:
+        """torch's module for the device, ``torch.cuda`` or ``torch.npu``; ``None`` for a CPU."""
+        return None if self.device.type == "cpu" else torch.get_device_module(self.device)
+
+    @property
+    def name(self) -> str:
+        """The device as its driver calls it."""
+        return "cpu" if self.api is None else str(self.api.get_device_name(self.device))
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
 

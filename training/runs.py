@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from training import attention
 from training.checkpoint import Checkpoints
 from training.config import Config
@@ -86,7 +84,7 @@ def train(config: Config, stage_name: str) -> Outcome:
         chunk=config.stage2.chunk_tokens if stage_name == "stage2" else 1,
         pin=devices.device.type == "cuda",
     )
-    checkpoints = Checkpoints(config, devices, reader.hash, provenance(config, reader))
+    checkpoints = Checkpoints(config, devices, reader.hash, provenance(config, devices, reader))
     outcome = Loop(stage, config, devices, stream, checkpoints, say).run()
     if not outcome.finished:
         say(
@@ -100,7 +98,7 @@ def train(config: Config, stage_name: str) -> Outcome:
     return outcome
 
 
-def provenance(config: Config, reader: ShardReader) -> dict[str, Any]:
+def provenance(config: Config, devices: Devices, reader: ShardReader) -> dict[str, Any]:
     """What a checkpoint says of its origin."""
     return {
         "teacher": config.teacher,
@@ -108,7 +106,7 @@ def provenance(config: Config, reader: ShardReader) -> dict[str, Any]:
         "command": " ".join(["python -m training", *sys.argv[1:]]),
         "commit": git_commit(),
         "versions": package_versions(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": devices.name,
         "data": reader.manifest.get("sources"),
     }
 
