@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.attention import mla_attention
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from tests.integration.engine import (
     assert_equal,
@@ -27,7 +25,6 @@ from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
 from vllm_attnedit.backends.latent import LatentBackend, LatentImpl
 from vllm_attnedit.backends.latent_steps import LatentMetadata, LatentMetadataBuilder
 from vllm_attnedit.layers import latent as layer_module
-from vllm_attnedit.layers.latent_projection import LatentUpProjection
 from vllm_attnedit.ops.mla_decode import mla_decode
 
 pytestmark = pytest.mark.integration
@@ -66,10 +63,7 @@ class Impl:
         self.settings = settings
         names = ("num_heads", "head_size", "scale", "kv_lora_rank", "qk_rope_head_dim")
         self.ours = LatentImpl(**{name: settings[name] for name in names})
-        weight = settings["kv_b_proj"].weight
-        widths = settings["qk_nope_head_dim"], settings["v_head_dim"]
-        self.up = LatentUpProjection(settings["kv_lora_rank"], settings["num_heads"], *widths)
-        self.up.weight = weight
+        self.up = settings["kv_b_proj"]
 
     def do_kv_cache_update(
         self, latent: Tensor, k_pe: Tensor, cache: Tensor, slots: Tensor, *unused: Any
@@ -123,16 +117,10 @@ class Backend(LatentBackend):
 
 @pytest.fixture
 def vllms_mla(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layer takes vLLM's MLA, which finds no GPU's prompt kernels and whole weights."""
+    """The layer takes vLLM's MLA, which finds no GPU's prompt kernels."""
     monkeypatch.setattr(layer_module, "latent_backend", lambda *unused: Backend)
     monkeypatch.setattr(
         mla_attention, "get_mla_prefill_backend", lambda config: lambda **unused: None
-    )
-    # The CPU platform repacks linear weights and drops them, which GPUs do not.
-    monkeypatch.setattr(
-        layer_utils,
-        "dispatch_cpu_unquantized_gemm",
-        lambda layer, remove_weight: dispatch_cpu_unquantized_gemm(layer, remove_weight=False),
     )
 
 

@@ -141,7 +141,7 @@ class LatentAttention(nn.Module):
         self._build_attention(vllm_config, edit, f"{prefix}.attn")
 
     def _build_attention(self, vllm_config: VllmConfig, edit: AttentionEdit, prefix: str) -> None:
-        """``attn``, and ``kv_b_proj`` in the form that it wants."""
+        """``attn`` and ``kv_b_proj``, which it applies."""
         assert edit.qk_nope_head_dim and edit.v_head_dim
         scale = edit.qk_head_dim**-0.5
         backend = latent_backend(vllm_config, edit, self.num_heads)
@@ -151,17 +151,11 @@ class LatentAttention(nn.Module):
             "prefix": prefix,
             "attn_backend": backend,
         }
+        self.kv_b_proj = LatentUpProjection(
+            self.kv_lora_rank, self.num_heads, edit.qk_nope_head_dim, edit.v_head_dim
+        )
         self.attn: LatentCacheAttention | MLAAttention
         if backend.is_mla():
-            total_width = edit.qk_nope_head_dim + edit.v_head_dim
-            total_width *= self.num_heads * get_tensor_model_parallel_world_size()
-            self.kv_b_proj: nn.Module = ColumnParallelLinear(
-                self.kv_lora_rank,
-                total_width,
-                bias=False,
-                quant_config=None,
-                prefix=prefix.replace(".attn", ".kv_b_proj"),
-            )
             self.attn = MLAAttention(
                 self.num_heads,
                 scale,
@@ -174,10 +168,6 @@ class LatentAttention(nn.Module):
                 **shared,
             )
             return
-        up = LatentUpProjection(
-            self.kv_lora_rank, self.num_heads, edit.qk_nope_head_dim, edit.v_head_dim
-        )
-        self.kv_b_proj = up
         width = self.kv_lora_rank + self.qk_rope_head_dim
         if self.per_head_norm:
             width += self.num_heads * (torch.float32.itemsize // torch.get_default_dtype().itemsize)
@@ -185,7 +175,7 @@ class LatentAttention(nn.Module):
             self.num_heads,
             width,
             scale,
-            up=up,
+            up=self.kv_b_proj,
             head_size_v=edit.v_head_dim,
             kv_lora_rank=self.kv_lora_rank,
             qk_rope_head_dim=self.qk_rope_head_dim,
@@ -224,7 +214,6 @@ class LatentAttention(nn.Module):
 
     def _inverse_rms(self, latent: Tensor, k_pe: Tensor) -> Tensor:
         """Of each head's key ``[k_nope | k_pe]`` before rotation: (T, N), float32."""
-        assert isinstance(self.kv_b_proj, LatentUpProjection)
         k_nope = self.kv_b_proj.expand_key(latent).float()
         square = k_nope.square().sum(-1) + k_pe.float().square().sum(-1, keepdim=True)
         mean = square / (self.qk_nope_head_dim + self.qk_rope_head_dim)

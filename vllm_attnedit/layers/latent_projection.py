@@ -15,8 +15,12 @@ class LatentUpProjection(nn.Module):
     """``kv_b_proj``: rows ``[k_nope | v]`` of every head. Sharded by head, never quantised.
 
     A bare parameter rather than a vLLM linear layer: the CPU platform repacks and empties a linear
-    layer's weight after loading, and the absorbed products need views of it.
+    layer's weight after loading, and the absorbed products need views of it. Nor can LoRA adapters
+    attach to it, whom those products would never ask. To vLLM's MLA layer it looks like an
+    unquantised linear layer.
     """
+
+    quant_method = None
 
     def __init__(self, rank: int, num_heads: int, nope_dim: int, value_dim: int) -> None:
         super().__init__()
@@ -30,6 +34,10 @@ class LatentUpProjection(nn.Module):
         rows = param.shape[0]
         start = get_tensor_model_parallel_rank() * rows
         param.data.copy_(loaded[start : start + rows])
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, None]:
+        """(T, R) to (T, N * (C + V)), as vLLM's linear layers return it."""
+        return latent @ self.weight.T, None
 
     def _by_head(self) -> Tensor:
         return self.weight.unflatten(0, (self.num_heads, -1))  # (N, C + V, R)
