@@ -8,6 +8,7 @@ from typing import Any
 from vllm_attnedit.ops.gateswa_decode.kernel import decode_kernel
 from vllm_attnedit.ops.kv_write.kernel import write_kernel
 from vllm_attnedit.ops.mla_decode.kernel import latent_kernel
+from vllm_attnedit.ops.sigmoid_gate.ascend import TILE, gate_rows_kernel
 from vllm_attnedit.ops.sigmoid_gate.triton import BLOCK, _gate_kernel
 
 PAGE, WIDTH = 128, 128
@@ -56,6 +57,11 @@ def gate_case(heads: int, *, headwise: bool, block: int = BLOCK) -> KernelCase:
             "BLOCK": block,
         },
     )
+
+
+def gate_rows_case(*, headwise: bool, rows: int = TILE // WIDTH) -> KernelCase:
+    """The gate as an NPU runs it."""
+    return KernelCase(gate_rows_kernel, {"WIDTH": WIDTH, "HEADWISE": headwise, "ROWS": rows})
 
 
 def page_strides(kv_heads: int) -> dict[str, int]:

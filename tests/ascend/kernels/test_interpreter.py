@@ -14,6 +14,7 @@ from tests.unit.ops import test_kernels_interpreted as shared
 from tests.unit.ops.batches import BOUNDS
 from tests.unit.ops.conftest import interpreted
 from tests.unit.ops.measure import GateCase, LatentCase, WriteCase
+from tests.unit.ops.test_ascend_gate import gate_rows_error
 
 __all__ = ["interpreted"]
 
@@ -70,3 +71,9 @@ def test_kv_write(interpreted, dtype, rotary, store_k, norm):
 def test_sigmoid_gate(interpreted, elementwise, contiguous):
     case = GateCase(3, 32, 128, elementwise, contiguous=contiguous, in_place=False)
     assert interpreted(measure.gate_error, case) < BOUNDS["fp32"]
+
+
+@pytest.mark.parametrize("headwise", [True, False])
+def test_gate_rows(interpreted, headwise):
+    for tokens, heads, width in ((1, 1, 16), (7, 5, 64), (40, 32, 128)):
+        assert interpreted(gate_rows_error, tokens, heads, width, headwise) < 1e-6

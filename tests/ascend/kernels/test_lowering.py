@@ -15,6 +15,7 @@ from tests.ascend.kernels.cases import (
     WIDTH,
     KernelCase,
     gate_case,
+    gate_rows_case,
     latent_case,
     window_case,
     write_case,
@@ -62,6 +63,7 @@ def seeded():
 @pytest.mark.parametrize(
     "case",
     [
+        *(gate_rows_case(headwise=headwise) for headwise in (True, False)),
         *(gate_case(heads, headwise=headwise) for heads in (8, 32) for headwise in (True, False)),
         *(window_case(8, 4, gate=gate, tile=tile) for gate in GATES for tile in (64, 128)),
         *(window_case(2, group, gate=2, tile=128) for group in (1, 5, 16)),
@@ -107,6 +109,19 @@ def test_gate(tmp_path, headwise):
         stride_gate=gate.shape[1],
         stride_out_token=heads * WIDTH,
     )
+    assert_close(out, gated(attn, gate))
+
+
+@pytest.mark.parametrize("headwise", [True, False])
+def test_gate_by_rows(tmp_path, headwise):
+    """Head-wise logits too are copied, not fetched one by one."""
+    tokens, heads = 9, 20
+    case = gate_rows_case(headwise=headwise)
+    linalg = lower(case)
+    assert "ExtractedLoadOrStore" not in linalg
+    attn, gate = random(tokens, heads, WIDTH), random(tokens, heads * (1 if headwise else WIDTH))
+    out = poisoned(tokens, heads, WIDTH)
+    run(case, tmp_path, 3, attn_ptr=attn, gate_ptr=gate, out_ptr=out, num_rows=tokens * heads)
     assert_close(out, gated(attn, gate))
 
 
