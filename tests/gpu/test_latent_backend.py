@@ -196,17 +196,3 @@ def test_prefix_hit(tmp_path: Path):
         check(model, [shared + a], outputs)
         outputs = [generate(llm, [shared + x], STEPS)[0] for x in (b, b)]
     check(model, [shared + b] * 2, outputs)
-
-
-@pytest.mark.parametrize("target", ["mla", "gateswa"])
-def test_fp8_weights(target: str, tmp_path: Path):
-    """Weights quantised as they load, but not ``kv_b_proj``."""
-    if target == "mla":
-        model = tuned()
-    else:
-        model = tiny_edited("qwen3", tiny_edit(target, window=32), hidden_size=256, head_dim=64)
-    prompts = random_prompts(LENGTHS)
-    folder = tiny_edited_checkpoint(model, tmp_path)
-    with engine(folder, quantization="fp8", **BFLOAT16) as llm:
-        outputs = generate(llm, prompts, STEPS)
-    check(model, prompts, outputs, tolerance=2)

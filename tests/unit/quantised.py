@@ -36,7 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fp8": {
         "quant_method": "fp8",
         "activation_scheme": "dynamic",
-        "ignored_layers": ["re:.*self_attn.*", "lm_head"],
+        "ignored_layers": [],  # filled in: it takes full names only
     },
 }
 
@@ -98,8 +98,10 @@ def quantised_checkpoint(
         tensors |= {f"{name.removesuffix('.weight')}.{k}": v for k, v in made.items()}
         parameters[name].copy_(stands_for)
     save_file(tensors, file, metadata={"format": "pt"})
+    quantisation = dict(CONFIGS[method])
+    if "ignored_layers" in quantisation:
+        kept = [n.removesuffix(".weight") for n in tensors if "self_attn" in n or "lm_head" in n]
+        quantisation["ignored_layers"] = kept
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"quantization_config": CONFIGS[method]})
-    )
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
     return folder
