@@ -104,3 +104,81 @@ def test_a_wrong_call_is_refused():
             num_query_heads=HEADS,
             input_layout="TND",
         )
+
+
+PAGED: dict[str, Any] = {"num_query_heads": HEADS, "num_key_value_heads": 1, "block_size": BLOCK}
+TOKENS, RANK, ROPE = 7, 512, 64
+
+
+def latent_prefill() -> Any:
+    """vllm-ascend's call for a prompt's expanded latents."""
+    return torch_npu.npu_fused_infer_attention_score(
+        *(empty(TOKENS, HEADS, WIDTH) for _ in range(3)),
+        query_rope=empty(TOKENS, HEADS, ROPE),
+        key_rope=empty(TOKENS, HEADS, ROPE),
+        num_heads=HEADS,
+        num_key_value_heads=HEADS,
+        input_layout="TND",
+        sparse_mode=3,
+        atten_mask=empty(2048, 2048, dtype=torch.int8),
+        scale=0.1,
+        softmax_lse_flag=True,
+        actual_seq_lengths=[3, 7],
+        actual_seq_lengths_kv=[3, 7],
+    )
+
+
+def latent_decode() -> Any:
+    """vllm-ascend's call for one token of each request on pages of latents."""
+    pages = empty(BLOCKS, 1, BLOCK, RANK)
+    return torch_npu.npu_fused_infer_attention_score_v2(
+        empty(3, HEADS, 1, RANK),
+        pages,
+        pages,
+        query_rope=empty(3, HEADS, 1, ROPE),
+        key_rope=empty(BLOCKS, 1, BLOCK, ROPE),
+        input_layout="BNSD_NBSD",
+        sparse_mode=0,
+        softmax_scale=0.1,
+        block_table=empty(3, 4, dtype=torch.int32),
+        actual_seq_kvlen=[130, 5, 200],
+        **PAGED,
+    )
+
+
+def latent_write() -> Any:
+    """Norm, rotation and write of latents."""
+    return torch_npu.npu_kv_rmsnorm_rope_cache(
+        empty(TOKENS, 1, 1, RANK + ROPE),
+        empty(RANK),
+        empty(TOKENS, 1, 1, ROPE),
+        empty(TOKENS, 1, 1, ROPE),
+        empty(TOKENS, dtype=torch.int64),
+        empty(BLOCKS, BLOCK, 1, ROPE),
+        empty(BLOCKS, BLOCK, 1, RANK),
+        epsilon=1e-6,
+        cache_mode="PA",
+        is_output_kv=True,
+    )
+
+
+def latent_rotation() -> Any:
+    """Rotation of queries."""
+    cos, sin = (empty(TOKENS, 1, 1, ROPE) for _ in range(2))
+    return torch_npu.npu_interleave_rope(empty(TOKENS, HEADS, 1, ROPE), cos, sin)
+
+
+@pytest.mark.parametrize(
+    ("call", "shape"),
+    [
+        (latent_prefill, (TOKENS, HEADS, WIDTH)),
+        (latent_decode, (HEADS, 3, 1, RANK)),
+        (latent_write, (BLOCKS, BLOCK, 1, ROPE)),
+        (latent_rotation, (TOKENS, HEADS, 1, ROPE)),
+    ],
+)
+def test_mla_calls(call, shape):
+    with FakeTensorMode():
+        result = call()
+    first = result[0] if isinstance(result, tuple) else result
+    assert tuple(first.shape) == shape and first.dtype == torch.bfloat16
