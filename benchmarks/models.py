@@ -24,8 +24,27 @@ _QWEN3 = {
     "dtype": "bfloat16",
 }
 
-# Hugging Face: Qwen/Qwen3-8B and Qwen/Qwen3-30B-A3B, config.json
+# Hugging Face: Qwen/Qwen3-8B, Qwen/Qwen3-30B-A3B and HuggingFaceTB/SmolLM2-135M, config.json
 TEACHERS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": "bfloat16",
+    },
     "qwen3-8b": {
         **_QWEN3,
         "model_type": "qwen3",

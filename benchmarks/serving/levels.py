@@ -34,8 +34,6 @@ from examples.quickstart.processes import process_group
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 BUSY_CPU = 0.7
 """Share of a core above which one load-generating process is too busy to be trusted."""
-LATE_S = 0.05
-"""Lateness of the event loop (99th percentile) above which it is."""
 _POLL_S = 0.2
 _QUIT_S = 30.0
 
@@ -101,7 +99,7 @@ def _attempt(
     if not any(record.whole for record in records):
         errors = sorted({r.error for r in records if r.failed}) or [_end_of(log)]
         return result | {"status": "failed", "reason": "; ".join(errors[:3])}
-    if too_slow(costs):
+    if too_slow(costs, measure):
         return result | {"status": "client too slow", "reason": json.dumps(result["client"])}
     start_s, end_s, steady = _interval(workload, records, since, scraper, measure)
     if workload.load == "closed" and since is None:
@@ -210,9 +208,9 @@ def client_figures(costs: Sequence[ClientCost], requests: int) -> dict[str, Any]
     }
 
 
-def too_slow(costs: Sequence[ClientCost]) -> bool:
+def too_slow(costs: Sequence[ClientCost], measure: Measure) -> bool:
     """Whether a process of the load generator could not keep up."""
-    return any(cost.cpu > BUSY_CPU or cost.lag_p99_s > LATE_S for cost in costs)
+    return any(cost.cpu > BUSY_CPU or cost.lag_p99_s > measure.client_late_s for cost in costs)
 
 
 def _end_of(log: Path) -> str:

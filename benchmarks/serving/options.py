@@ -127,6 +127,8 @@ class Measure(_Options):
 
     Attributes:
         goal_s: seconds of steady state that are measured before a closed level ends.
+        client_late_s: lateness of the load generator's event loop (99th percentile) up to which its
+            times are believed.
         crosscheck: the level repeated with ``vllm bench serve``, as ``workload:level``.
         client_processes: of the load generator; more are added when one is too busy.
     """
@@ -139,6 +141,7 @@ class Measure(_Options):
     warm_up_requests: Annotated[int, Field(ge=0)] = 2
     scrape_s: Annotated[float, Field(gt=0)] = 0.5
     client_processes: Positive = 1
+    client_late_s: Annotated[float, Field(gt=0)] = 0.05
     crosscheck: str | None = None
 
 
@@ -153,8 +156,8 @@ class Options(_Options):
     """A whole benchmark.
 
     Attributes:
-        model: ``qwen3-8b`` or ``qwen3-30b-a3b`` (true dimensions, dummy weights), ``smollm2`` (the
-            real one), or ``{system name: checkpoint folder}``.
+        model: ``qwen3-8b``, ``qwen3-30b-a3b`` or ``smollm2-135m`` (true dimensions, dummy weights),
+            ``smollm2`` (the real one), or ``{system name: checkpoint folder}``.
         window: of the edit, in tokens.
         repeat_control: serve the control once more at the end (A-B-A) and report its drift.
     """
@@ -184,6 +187,10 @@ class Options(_Options):
                 raise ValueError(f"workloads: {workload.name} names no system: {sorted(unknown)}")
         if isinstance(self.model, dict) and set(self.model) != known:
             raise ValueError(f"model: give a folder for each of {sorted(known)}")
+        levels = [f"{workload.name}:{level:g}" for workload in self.workloads
+                  for level in workload.levels]  # fmt: skip
+        if self.measure.crosscheck not in (None, *levels):
+            raise ValueError(f"measure.crosscheck: give one of {', '.join(levels)}")
         return self
 
 

@@ -158,7 +158,9 @@ class Benchmark:
             warm_up(running, workload, model, options.measure.warm_up_requests)
             runs = []
             for repeat in range(workload.repeats if workload.load == "burst" else 1):
-                again = workload.model_copy(update={"seed": workload.seed + 1000 * repeat})
+                # Prompts of its own, the same for every system: none finds another level's cached.
+                seed = workload.seed + 1000 * repeat + 7919 * workload.levels.index(level)
+                again = workload.model_copy(update={"seed": seed})
                 folder = path.with_suffix("")
                 if not wait_until_idle(running):
                     break

@@ -117,7 +117,8 @@ def test_records_survive_their_file(tmp_path) -> None:
 
 def test_a_client_that_cannot_keep_up_is_told() -> None:
     easy = ClientCost(cpu=0.1, lag_p99_s=0.002, lag_max_s=0.05, streams=200.0)
-    assert not too_slow([easy, easy])
-    assert too_slow([easy, ClientCost(0.9, 0.002, 0.05, 200.0)])
-    assert too_slow([ClientCost(0.1, 0.2, 0.5, 200.0)])
+    assert not too_slow([easy, easy], Measure())
+    assert too_slow([easy, ClientCost(0.9, 0.002, 0.05, 200.0)], Measure())
+    assert too_slow([ClientCost(0.1, 0.2, 0.5, 200.0)], Measure())
+    assert not too_slow([ClientCost(0.1, 0.2, 0.5, 200.0)], Measure(client_late_s=0.3))
     assert client_figures([easy, easy], 7)["cpu_cores_per_100_streams"] == 0.05

@@ -163,6 +163,7 @@ def test_options_are_read(tmp_path: Path) -> None:
         ("max_model_len: 2048", "max_model_len: 2048, gpu_memory_utilization: 2", "less than"),
         ("max_model_len: 2048", "max_model_len: 2048, spelling: 1", "server.spelling"),
         ("model: smollm2", "model: {teacher: x}", "folder for each"),
+        ("name: test", "name: test\nmeasure: {crosscheck: chat}", "one of chat:1, chat:2"),
         ("name: test", "name: [", "mend the YAML"),
     ],
 )
@@ -178,3 +179,16 @@ def test_bad_options_are_refused(tmp_path: Path, old: str, new: str, said: str) 
 def test_requests_that_cannot_fit_are_refused() -> None:
     with pytest.raises(AttnEditError, match="5000 tokens"):
         plan_of(prompt_tokens=4000, output_tokens=1000)
+
+
+CONFIGS = Path(__file__).parents[3] / "benchmarks/serving/configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_here_are_valid(path: Path) -> None:
+    """Each reads, and each of its requests fits its server; traces come from the user."""
+    options = load_options(path)
+    assert options.systems[0].edit == "full"
+    for workload in options.workloads:
+        if workload.path is None:
+            assert Plan(workload, 151_936, options.server.max_model_len).ask(0).body

@@ -1,0 +1,64 @@
+"""The serving benchmark with real servers, as small as it gets: dimensions of SmolLM2, made-up
+weights and words, as on a GPU with those of a large model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.serving.options import load_options
+from benchmarks.serving.report import write_report
+from benchmarks.serving.run import Benchmark
+from vllm_attnedit.accounting import kv_bytes_per_request
+from vllm_attnedit.checkpoint import load_config
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+CONFIG = {
+    "name": "small",
+    "model": "smollm2-135m",
+    "systems": [{"name": "gateswa", "edit": "gateswa"}],
+    "server": {
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "environment": {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"},
+    },
+    "workloads": [
+        {"name": "burst", "load": "burst", "levels": [4], "prompt_tokens": 300,
+         "output_tokens": 60},
+        {"name": "talk", "api": "chat", "levels": [2], "prompt_tokens": 40, "output_tokens": 16},
+    ],
+    "measure": {"window_s": 1, "windows": 2, "within": 0.5, "goal_s": 2, "limit_s": 60,
+                "scrape_s": 0.1, "client_late_s": 1.0, "crosscheck": "burst:4"},
+}  # fmt: skip
+
+
+def test_benchmark_of_a_real_server(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(CONFIG))
+    benchmark = Benchmark(load_options(tmp_path / "small.yaml"), tmp_path / "out")
+    benchmark.run()
+    line = json.loads(write_report(benchmark))
+    report = json.loads((benchmark.out / "report.json").read_text())
+    reasons = [level["reason"] for level in report["levels"]]
+    assert set(line["levels"]) <= {"ok", "not steady"}, reasons
+    burst, talk = report["levels"]
+    assert (burst["figures"]["requests"], burst["figures"]["failed"]) == (4, 0)
+    assert (burst["figures"]["prompt_tokens"], burst["figures"]["output_tokens"]) == (300, 60)
+    assert burst["server"]["peak_running"] == 4
+    assert 0 < burst["server"]["peak_kv_usage"] < 1
+    assert talk["figures"]["output_tokens"] == 16
+    assert talk["figures"]["prompt_tokens"] == 40
+    memory = report["memory"][0]
+    folder = report["servers"]["gateswa"]["model"]
+    assert memory["formula_bytes_per_request"] == kv_bytes_per_request(
+        load_config(folder), 360, block_size=16
+    )
+    assert memory["reported_concurrency"] > 10
+    check = report["crosscheck"]
+    assert "error" not in check, check
+    # The two clients share two cores with the server: they agree roughly here, closely on a GPU.
+    assert abs(check["figures"]["output_tokens_per_s"]["difference"]) < 0.5
