@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The tests of the Ascend side, without an NPU: bash scripts/test_ascend.sh [all|backend|kernels] [pytest arguments]
+# The Ascend side without an NPU: bash scripts/test_ascend.sh [all|short|backend|kernels] [pytest arguments]
 #
 #   backend   rungs c and d: operator schemas; vllm-ascend's own backend classes
 #   kernels   rungs a and b: kernels in the interpreter; lowered for 910B
+#   short     all but the interpreter, in which the unit tests run the kernels too
 #
 # docs/ascend.md says what each rung shows.
 set -euo pipefail
@@ -10,10 +11,10 @@ set -euo pipefail
 suite=${1:-all}
 [[ $# -eq 0 ]] || shift
 case $suite in
-    all) parts=(backend kernels) ;;
+    all | short) parts=(backend kernels) ;;
     backend | kernels) parts=("$suite") ;;
     *)
-        echo "error: suite $suite: choose all, backend or kernels" >&2
+        echo "error: suite $suite: choose all, short, backend or kernels" >&2
         exit 2
         ;;
 esac
@@ -24,6 +25,7 @@ ascend_main "${parts[@]}"
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 # torch would load torch_npu, and with it CANN, by itself.
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0
+[[ $suite != short ]] || set -- --deselect tests/ascend/kernels/test_interpreter.py "$@"
 for part in "${parts[@]}"; do
     printf '\n==== ascend: %s\n' "$part"
     LD_LIBRARY_PATH=$ascend_home/$part/stubs${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \

@@ -1,6 +1,6 @@
 """Two small random checkpoints of the widths that an Ascend takes, for a first run on the device.
 
-    python -m tests.ascend.checkpoints FOLDER
+python -m tests.ascend.checkpoints FOLDER
 """
 
 from __future__ import annotations

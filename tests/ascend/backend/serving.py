@@ -3,8 +3,8 @@ builders and block managers; the runner is played, and NPU operators are those o
 :mod:`tests.ascend.npu_operators`.
 
 As in a real worker, block tables only ever grow by the ids that the scheduler hands out, ids of
-returned blocks included, and layers of different groups share memory. Blocks that nobody holds are
-poisoned before every step.
+returned blocks included, and layers of different groups share memory. Blocks that nobody holds, and
+the prefix cache neither, are poisoned before every step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vllm.v1.core.kv_cache_utils import (
     init_none_hash,
 )
 from vllm.v1.kv_cache_interface import KVCacheConfig, MLAAttentionSpec
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_attnedit.hf import AttnEditForCausalLM
 
@@ -79,6 +79,7 @@ class Running:
     request: Request
     tables: list[list[int]] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)  # (vocabulary,) a position
+    hit: int = 0  # tokens that the prefix cache had: they have no logits
 
 
 class Server:
@@ -147,6 +148,11 @@ class Server:
         self.running.append(Running(request))
         return self.running[-1]
 
+    def finish(self, run: Running) -> None:
+        """Give a request's blocks back; what is hashed stays for others."""
+        run.request.status = RequestStatus.FINISHED_STOPPED
+        self.manager.free(run.request)
+
     def step(self, wanted: dict[int, int]) -> None:
         """Run up to ``wanted[i]`` tokens of request i; append the greedy token at its end."""
         self.manager.new_step_starts()
@@ -164,17 +170,23 @@ class Server:
 
     def _schedule(self, run: Running, tokens: int) -> int:
         request = run.request
-        new = min(tokens, request.num_tokens - request.num_computed_tokens)
-        allocated = self.manager.allocate_slots(request, new)
+        first, cached = not run.tables, None
+        if first and self.hasher is not None:
+            cached, run.hit = self.manager.get_computed_blocks(request)
+        new = min(tokens, request.num_tokens - request.num_computed_tokens - run.hit * first)
+        allocated = self.manager.allocate_slots(request, new, run.hit * first, cached)
         assert allocated is not None, "the test's memory is too small"
-        if not run.tables:
-            run.tables = [[] for _ in self.names]
-        for table, ids in zip(run.tables, allocated.get_block_ids(), strict=True):
-            table.extend(ids)
+        if first:
+            request.num_computed_tokens = run.hit
+            run.tables = [list(ids) for ids in self.manager.get_block_ids(request.request_id)]
+        else:
+            for table, ids in zip(run.tables, allocated.get_block_ids(), strict=True):
+                table.extend(ids)
         return new
 
     def _poison(self) -> None:
-        free = [block.block_id for block in self.manager.block_pool.blocks if not block.ref_cnt]
+        pool = self.manager.block_pool.blocks
+        free = [b.block_id for b in pool if not b.ref_cnt and b.block_hash is None]
         for keys, values in self.memory:
             keys[free], values[free] = POISON, -POISON
             keys[0], values[0] = POISON, -POISON
@@ -245,8 +257,8 @@ class Server:
 @torch.no_grad()
 def expected_logits(reference: AttnEditForCausalLM, run: Running) -> Tensor:
     """``(positions, vocabulary)`` of the reference model over the request's tokens."""
-    tokens = torch.tensor([run.request.all_token_ids[: len(run.logits)]])
-    return reference(tokens).logits[0]
+    end = run.hit + len(run.logits)
+    return reference(torch.tensor([run.request.all_token_ids[:end]])).logits[0, run.hit :]
 
 
 def worst_error(reference: AttnEditForCausalLM, run: Running) -> float:

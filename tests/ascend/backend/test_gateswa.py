@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.ascend.backend.serving import Server, engine_config, one_rank, worst_error
 from tests.integration.engine import random_prompts
 from tests.unit.tiny import tiny_edit
 from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
-from vllm_attnedit.backends.gateswa_ascend import GateSWAAscendImpl
+from vllm_attnedit.backends.gateswa_ascend import GateSWAAscendImpl, lay_out
 from vllm_attnedit.kv_cache.spec import GateSWASpec
 
 DECODES = 300
@@ -61,3 +62,38 @@ def test_one_key_too_many_is_seen(tmp_path, monkeypatch, async_scheduling):
     model = small_model(16)
     server = serve(model, tmp_path, 2, async_scheduling=async_scheduling)
     assert all(worst_error(model, run) > 100 * TOLERANCE for run in server.running)
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["ours", "stock allocation"])
+@pytest.mark.parametrize("window", [16, 200])
+def test_a_hit_of_the_prefix_cache_equals_the_reference(tmp_path, window, async_scheduling):
+    """The next turn of a conversation, through vllm-ascend's own coordinator of block managers."""
+    model = small_model(window)
+    folder = tiny_edited_checkpoint(model, tmp_path)
+    config = engine_config(folder, async_scheduling=async_scheduling)
+    first, more = random_prompts([400, 70])
+    with one_rank(config):
+        server = Server(model, config)
+        run = server.add(first)
+        server.step({0: 256})
+        server.step({0: 256})
+        for _ in range(5):
+            server.step({0: 1})
+        server.finish(run)
+        again = server.add([*run.request.all_token_ids, *more])
+        server.step({1: 256})
+        for _ in range(5):
+            server.step({1: 1})
+    assert again.hit >= 256 and again.hit % 128 == 0
+    assert worst_error(model, run) < TOLERANCE
+    assert worst_error(model, again) < TOLERANCE
+
+
+def test_padding_of_a_step_sees_itself():
+    """Graphs pad a step with a request that has more tokens than it is long."""
+    table = torch.tensor([[4, 7], [0, 0]], dtype=torch.int32)
+    chunk = lay_out([3, 8], [133, 1], table, sliding_window=4, block_size=128)
+    assert chunk.seq_lens == [6, 11]
+    assert chunk.tail_rows.tolist() == [4 * 128 + 127, 7 * 128, 7 * 128 + 1]
+    assert chunk.order is not None
+    assert chunk.order.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
