@@ -122,9 +122,9 @@ def make_batch(
 def _loss_positions(counts: np.ndarray, chunk: int) -> tuple[np.ndarray | None, np.ndarray]:
     """Positions that the loss looks at and their weights, a whole number of chunks where possible.
 
-    If nearly all count, all are taken: a zero weight costs less than gathering. Otherwise those that
-    count are, filled up with others, each once, since adding up gradients of repeated positions in
-    a fixed order is slow on a GPU.
+    If nearly all count, all are taken: a zero weight costs less than gathering. Otherwise those
+    that count are, filled up with others, each once, since adding up gradients of repeated
+    positions in a fixed order is slow on a GPU.
     """
     used, unused = np.flatnonzero(counts), np.flatnonzero(~counts)
     if len(used) >= _NEARLY_ALL * len(counts):
