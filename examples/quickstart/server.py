@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,12 @@ START_SECONDS = 300.0
 
 @contextmanager
 def serve(
-    model: Path, name: str, *, log: Path, on_wait: Callable[[float], None] = lambda seconds: None
+    model: Path,
+    name: str,
+    *,
+    log: Path,
+    arguments: Sequence[str] = (),
+    on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[str]:
     """Serve ``model`` while the block runs.
 
@@ -34,6 +39,7 @@ def serve(
         model: an edited checkpoint (or any model that vLLM serves).
         name: what requests call it.
         log: file for the server's output.
+        arguments: more of ``vllm serve``.
         on_wait: called with the seconds gone by, twice a second until the server is ready.
 
     Yields:
@@ -45,7 +51,7 @@ def serve(
     port = _free_port()
     vllm = Path(sys.executable).with_name("vllm")
     command = [str(vllm), "serve", str(model), "--served-model-name", name]
-    command += ["--host", "127.0.0.1", "--port", str(port), *ARGUMENTS]
+    command += ["--host", "127.0.0.1", "--port", str(port), *ARGUMENTS, *arguments]
     with process_group(command, log=log, env=ENVIRONMENT) as process:
         try:
             _wait_until_ready(process, port, on_wait)
