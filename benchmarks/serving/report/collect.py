@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.provenance import provenance
+from benchmarks.serving.report.arithmetic import bound, device_of
 from benchmarks.serving.run import passes
 from benchmarks.serving.stats import ratio
 from vllm_attnedit.accounting import kv_bytes_per_request, kv_bytes_per_token
@@ -69,7 +70,7 @@ def collect(benchmark: Benchmark) -> dict[str, Any]:
         ],
         "levels": levels,
     }
-    return {**report, "rows": _rows(report)}
+    return {**report, "arithmetic": arithmetic_rows(report), "rows": _rows(report)}
 
 
 def _ratios(level: dict[str, Any], control: dict[str, Any] | None) -> dict[str, Any]:
@@ -136,6 +137,39 @@ def _memory(
         row["formula_bytes_per_request"] = kv_bytes_per_request(config, length, block_size=16)
         row["formula_bytes_per_token"] = kv_bytes_per_token(config)
     return row
+
+
+def arithmetic_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Bursts against what they must take at least, where the device's peaks are known."""
+    device = device_of(report["provenance"]["machine"])
+    loads = {workload["name"]: workload["load"] for workload in report["options"]["workloads"]}
+    rows = []
+    for level in report["levels"]:
+        server = report["servers"].get(level["system"])
+        if device is None or server is None or loads[level["workload"]] != "burst":
+            continue
+        running = level.get("server", {}).get("mean_running")
+        if "figures" not in level or not running or not Path(server["model"]).is_dir():
+            continue
+        figures = level["figures"]
+        least = bound(
+            load_config(server["model"]),
+            device,
+            requests=figures["requests"],
+            prompt=figures["prompt_tokens"],
+            output=figures["output_tokens"],
+            running=min(running, figures["requests"]),
+        )
+        rows.append(
+            {
+                **{key: level[key] for key in ("system", "pass", "workload", "level")},
+                **least,
+                "running": running,
+                "measured_s": figures["seconds"],
+                "measured_step_s": figures["tpot_s"]["p50"],
+            }
+        )
+    return rows
 
 
 def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ def to_markdown(report: dict[str, Any], figures: dict[str, str]) -> str:
         "## KV memory",
         "By formula, as the server reported when it started, and as it was used while it ran.",
         _memory(report),
+        *arithmetic_section(report),
         "## The load generator's own cost",
         _client(report),
         "## Figures",
@@ -160,6 +161,37 @@ def _memory(report: dict[str, Any]) -> str:
         "running at once", "KV in use", "preemptions", "prefix hits",
     )  # fmt: skip
     return _table(header, rows)
+
+
+def arithmetic_section(report: dict[str, Any]) -> list[str]:
+    """Bursts beside what they must take at least; nothing where that is not known."""
+    rows = [
+        [
+            f"{row['workload']} at {row['level']:g}",
+            row["system"] + (" (again)" if row["pass"] > 1 else ""),
+            _number(row["prefill_s"], 1),
+            _number(row["decode_s"], 1),
+            _number(row["total_s"], 1),
+            _number(row["measured_s"], 1),
+            f"{row['total_s'] / row['measured_s']:.0%}",
+            _number(row["running"], 1),
+            _number(row["step_s"], 1, 1000),
+            _number(row["measured_step_s"], 1, 1000),
+        ]
+        for row in report["arithmetic"]
+    ]
+    if not rows:
+        return []
+    header = (
+        "burst", "system", "prefill, s", "decode, s", "together, s", "measured, s", "share",
+        "running, mean", "a decode step, ms", "median TPOT, ms",
+    )  # fmt: skip
+    text = (
+        "What the device's peaks allow: multiply-adds of the prompts, then bytes of weights "
+        "and KV cache read by decode steps, with as many requests running as were measured. The "
+        "rest is kernels below the peaks, chunks between decode steps, scheduling and sampling."
+    )
+    return ["## Arithmetic", text, _table(header, rows)]
 
 
 def _client(report: dict[str, Any]) -> str:
