@@ -11,7 +11,7 @@ setup: ## Make .venv for CPU
 demo: ## Edit SmolLM2, serve it and ask it something
 	@bash scripts/demo.sh
 
-test: ## Everything that CI runs; SUITE=quality, unit, integration or e2e for a part
+test: ## Everything that CI runs; SUITE=quality, unit, integration, ascend or e2e for a part
 	@bash scripts/test.sh $(SUITE)
 
 test-ascend: ## The Ascend side, without an NPU; SUITE=backend or kernels for a part

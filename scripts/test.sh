@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# The tests: bash scripts/test.sh [all|quality|unit|integration|e2e] [pytest arguments]
+# The tests: bash scripts/test.sh [all|quality|unit|integration|ascend|e2e] [pytest arguments]
 #
 #   quality      lint, format and types
 #   unit         tests/unit
 #   integration  tests/integration: the vLLM engine on tiny random checkpoints
+#   ascend       kernels lowered for an Ascend 910B: the short form of scripts/test_ascend.sh
 #   e2e          tests/e2e: commands and servers on a real model, which is fetched first
-#   all          these four in this order (the default); the first failure ends the run
+#   all          these five in this order (the default); the first failure ends the run
 #
-# tests/gpu and tests/ascend need their device and are run with pytest directly.
+# tests/gpu needs its device and is run with pytest directly; all of tests/ascend by test_ascend.sh.
 set -euo pipefail
 
 suite=${1:-all}
 [[ $# -eq 0 ]] || shift
 case $suite in
-    all) parts=(quality unit integration e2e) ;;
-    quality | unit | integration | e2e) parts=("$suite") ;;
+    all) parts=(quality unit integration ascend e2e) ;;
+    quality | unit | integration | ascend | e2e) parts=("$suite") ;;
     *)
-        echo "error: suite $suite: choose all, quality, unit, integration or e2e" >&2
+        echo "error: suite $suite: choose all, quality, unit, integration, ascend or e2e" >&2
         exit 2
         ;;
 esac
@@ -55,6 +56,7 @@ for part in "${parts[@]}"; do
         quality) run_quality ;;
         # Tiny tensors: a second thread costs more than it brings.
         unit | integration) OMP_NUM_THREADS=1 run_pytest "tests/$part" "$@" ;;
+        ascend) bash scripts/test_ascend.sh short "$@" ;;
         e2e)
             python -m examples.quickstart.teacher
             run_pytest tests/e2e "$@"
