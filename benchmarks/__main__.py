@@ -6,6 +6,7 @@ and exits with 128 plus the signal's number.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -60,6 +61,52 @@ def serving(
         # Also when interrupted: what was measured is reported, as far as it goes.
         line = write_report(benchmark)
     print(line)
+
+
+@app.command()
+def profile(
+    config: Annotated[Path, typer.Argument(help="YAML file of a serving benchmark.")],
+    system: Annotated[str, typer.Option(help="One of its systems.")],
+    workload: Annotated[str, typer.Option(help="One of its workloads.")],
+    level: Annotated[
+        float | None, typer.Option(help="Load; the workload's last by default.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The benchmark's folder for results.")] = None,
+    after: Annotated[float, typer.Option(help="Seconds of load before the trace.")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="Length of the trace.")] = 2.0,
+) -> None:
+    """Where a served step's time goes: shares of GEMM, attention, MoE, sampling, idleness."""
+    import httpx
+
+    from benchmarks.serving import profile as profiling
+    from benchmarks.serving.options import load_options
+    from benchmarks.serving.server import ServerFailed
+
+    options = load_options(config)
+    systems = {one.name: one for one in options.systems}
+    workloads = {one.name: one for one in options.workloads}
+    for option, name, known in (("--system", system, systems), ("--workload", workload, workloads)):
+        if name not in known:
+            raise AttnEditError(option, name, f"use one of {', '.join(known)}")
+    chosen = workloads[workload]
+    folder = out or Path(".cache") / "benchmarks" / options.name
+    stop_on_signals()
+    try:
+        result = profiling.profile(
+            options,
+            systems[system],
+            chosen,
+            chosen.levels[-1] if level is None else level,
+            folder,
+            after_s=after,
+            seconds=seconds,
+        )
+    except (ServerFailed, httpx.HTTPError) as error:
+        print(f"benchmarks: the server could not be profiled: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    for kind, share in result["shares"].items():
+        print(f"{kind:<28}{share:7.1%}")
+    print(json.dumps(result))
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving.options import Goal, Measure, Workload
-from benchmarks.serving.records import ClientCost, Record, read_records
+from benchmarks.serving.records import CUT, ClientCost, Record, read_records
 from benchmarks.serving.scraping import Scraper, use_of_memory
 from benchmarks.serving.server import Running, ServerFailed
 from benchmarks.serving.stats import steady_since, summarise
@@ -54,11 +54,12 @@ def run_level(
         model: ``name``, ``vocab_size`` and ``max_model_len``.
         folder: for locust's CSV and HTML, and the commands' logs.
     """
-    processes = measure.client_processes
+    most = int(level) if workload.load in ("burst", "closed") else os.cpu_count() or 1
+    processes = min(measure.client_processes, most)  # each needs a user
     while True:
         result = _attempt(server, workload, level, model, measure, goal, folder, processes)
-        more = min(processes * 2, max(1, (os.cpu_count() or 2) // 2), max(1, int(level)))
-        if result["status"] != "client too slow" or more == processes:
+        more = min(processes * 2, max(1, (os.cpu_count() or 2) // 2), most)
+        if result["status"] != "client too slow" or more <= processes:
             return result
         processes = more
 
@@ -96,6 +97,9 @@ def _attempt(
         failure = ServerFailed(server.log)
         status = "out of memory" if failure.out_of_memory else "failed"
         return result | {"status": status, "reason": str(failure)}
+    if workload.load != "closed" and any(record.error == CUT for record in records):
+        reason = f"not finished within {measure.limit_s:g} s"
+        return result | {"status": "failed", "reason": reason}
     if not any(record.whole for record in records):
         errors = sorted({r.error for r in records if r.failed}) or [_end_of(log)]
         return result | {"status": "failed", "reason": "; ".join(errors[:3])}

@@ -69,6 +69,10 @@ def collect(benchmark: Benchmark) -> dict[str, Any]:
             _memory(level, servers, options.workloads) for level in levels if "figures" in level
         ],
         "levels": levels,
+        "profiles": [
+            json.loads(path.read_text())
+            for path in sorted((benchmark.out / "profiles").glob("*.json"))
+        ],
     }
     return {**report, "arithmetic": arithmetic_rows(report), "rows": _rows(report)}
 

@@ -29,7 +29,7 @@ def draw(report: dict[str, Any], out: Path) -> dict[str, str]:
             function(axes, levels)
             axes.set_title(f"{workload['name']}: {title}")
             axes.grid(alpha=0.3)
-            axes.legend()
+            axes.legend(loc="upper left")
             name = f"{workload['name']}-{kind}.png"
             figure.savefig(out / name, dpi=120)
             plt.close(figure)

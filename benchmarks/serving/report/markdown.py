@@ -28,6 +28,7 @@ def to_markdown(report: dict[str, Any], figures: dict[str, str]) -> str:
         "By formula, as the server reported when it started, and as it was used while it ran.",
         _memory(report),
         *arithmetic_section(report),
+        *profile_section(report["profiles"]),
         "## The load generator's own cost",
         _client(report),
         "## Figures",
@@ -85,7 +86,7 @@ def _result_row(level: dict[str, Any]) -> list[str]:
         f"{good['requests_per_s']:.2f} ({good['share']:.0%})",
         _number(server.get("peak_running"), 0),
         "–" if server.get("peak_kv_usage") is None else f"{server['peak_kv_usage']:.1%}",
-        level["status"],
+        level["status"] + (f", {figures['failed']} failed" if figures["failed"] else ""),
     ]
 
 
@@ -192,6 +193,23 @@ def arithmetic_section(report: dict[str, Any]) -> list[str]:
         "rest is kernels below the peaks, chunks between decode steps, scheduling and sampling."
     )
     return ["## Arithmetic", text, _table(header, rows)]
+
+
+def profile_section(profiles: list[dict[str, Any]]) -> list[str]:
+    """Where time goes, of the systems that were profiled."""
+    if not profiles:
+        return []
+    kinds = list(dict.fromkeys(kind for one in profiles for kind in one["shares"]))
+    rows = [
+        [
+            f"{one['workload']} at {one['level']:g}",
+            one["system"],
+            *(f"{one['shares'].get(kind, 0):.1%}" for kind in kinds),
+        ]
+        for one in profiles
+    ]
+    text = "Shares of the device's time in a trace under load, in runs of their own."
+    return ["## Profile", text, _table(("level", "system", *kinds), rows)]
 
 
 def _client(report: dict[str, Any]) -> str:

@@ -152,6 +152,36 @@ def test_a_server_that_does_not_come_up(
         probe.bind(("127.0.0.1", port))
 
 
+def test_a_burst_that_does_not_finish_gives_no_figure(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["measure"]["limit_s"] = 3
+    config["workloads"][0] |= {"output_tokens": 1000}
+    benchmark = benchmark_of(config | {"repeat_control": False}, tmp_path, systems=["ours"])
+    benchmark.run()
+    (level,) = levels_of(benchmark)
+    assert (level["status"], level["reason"]) == ("failed", "not finished within 3 s")
+
+
+def test_two_client_processes(config: dict[str, Any], tmp_path: Path) -> None:
+    """Users are shared out, one user needs one process, and all records come back."""
+    config["measure"]["client_processes"] = 2
+    short = {"prompt_tokens": 50, "output_tokens": 21}
+    config["workloads"] = [
+        {"name": "burst", "load": "burst", "levels": [1], **short},
+        {"name": "chat", "levels": [4], **short},
+        {"name": "open", "load": "poisson", "levels": [10], "requests": 10, **short},
+    ]
+    benchmark = benchmark_of(config | {"repeat_control": False}, tmp_path, systems=["ours"])
+    benchmark.run()
+    one, chat, arrivals = levels_of(benchmark)
+    assert [level["status"] for level in (one, chat, arrivals)] == ["ok"] * 3
+    assert [level["client"]["processes"] for level in (one, chat, arrivals)] == [1, 2, 2]
+    assert [level["figures"]["requests"] for level in (one, arrivals)] == [1, 10]
+    rate = chat["figures"]["output_tokens_per_s"]["value"]
+    assert rate == pytest.approx(4 * 21 / 0.25, rel=0.15)
+
+
 def test_a_port_that_is_taken_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
