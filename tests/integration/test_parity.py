@@ -57,7 +57,7 @@ def test_mixed_batch_equals_the_reference(
         assert_equal(output, reference(model, prompt))
 
 
-@pytest.fixture(scope="module", params=["gateswa", "mla", "mla-normed"])
+@pytest.fixture(scope="module", params=["gateswa", "mla"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """One model a target for the tests of scheduling."""
     model = tiny_edited("qwen3", edit_of(request.param, "headwise"))

@@ -44,6 +44,18 @@ def check_servable(config: AttnEditConfig, tp_size: int) -> None:
         )
 
 
+def check_experts(config: AttnEditConfig, vllm_config: VllmConfig) -> None:
+    """Refuse expert parallelism on CPU, where vLLM's kernel would read past the rank's experts.
+
+    Raises:
+        AttnEditError: if it is asked for.
+    """
+    parallel = vllm_config.parallel_config
+    if config.family.moe and parallel.enable_expert_parallel and current_platform.is_cpu():
+        fix = "leave it out: vLLM's CPU experts take no expert map; tensor parallelism shards them"
+        raise AttnEditError("--enable-expert-parallel", True, fix)
+
+
 class AttnEditForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
     """The served model; held to :class:`vllm_attnedit.hf.AttnEditForCausalLM`."""
 
@@ -57,6 +69,7 @@ class AttnEditForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         super().__init__()
         config: AttnEditConfig = vllm_config.model_config.hf_text_config
         check_servable(config, get_tensor_model_parallel_world_size())
+        check_experts(config, vllm_config)
         self.config = config
         self.quant_config = vllm_config.quant_config
         if set(config.edit.layer_types) == {LATENT}:
