@@ -9,6 +9,7 @@ import pytest
 from vllm_attnedit.backends.ascend_limits import (
     FIA,
     FIA_V2,
+    check_gate,
     check_latent_attention,
     check_window_attention,
 )
@@ -94,3 +95,18 @@ def test_latents_beyond_them(changes: dict[str, Any], field: str) -> None:
         check_latent_attention(**(LATENT | changes))
     assert caught.value.field == field
     assert FIA_V2 in str(caught.value)
+
+
+FLASHCOMM = "VLLM_ASCEND_ENABLE_FLASHCOMM1"
+
+
+def test_a_gate_and_shares_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FLASHCOMM, raising=False)
+    check_gate("headwise", None)
+    check_gate(None, {"enable_flashcomm1": True})
+    with pytest.raises(AttnEditError, match="enable_flashcomm1: True: leave it out"):
+        check_gate("headwise", {"enable_flashcomm1": True})
+    monkeypatch.setenv(FLASHCOMM, "1")
+    check_gate("headwise", {"enable_flashcomm1": False})
+    with pytest.raises(AttnEditError, match=f"{FLASHCOMM}: 1: unset it"):
+        check_gate("headwise", {})

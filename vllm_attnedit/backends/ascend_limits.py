@@ -7,6 +7,10 @@ limits are those of ``npu_fused_infer_attention_score`` with the TND layout in C
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from typing import Any
+
 from vllm_attnedit.errors import AttnEditError
 
 FIA = "npu_fused_infer_attention_score"
@@ -51,6 +55,30 @@ def _check_step(
         operator,
         f"up to {MAX_TOKENS} tokens a step",
     )
+
+
+def check_gate(gate: str | None, additional_config: Mapping[str, Any] | None) -> None:
+    """Refuse a gate where vllm-ascend gives each rank a share of the tokens (FlashComm).
+
+    It gathers them again before layers that it knows by name, and the gate's is none of those.
+
+    Args:
+        gate: of the edit.
+        additional_config: vLLM's ``--additional-config``.
+
+    Raises:
+        AttnEditError: naming the option or the variable that asks for it.
+    """
+    if gate is None:
+        return
+    option, variable = "enable_flashcomm1", "VLLM_ASCEND_ENABLE_FLASHCOMM1"
+    asked = (additional_config or {}).get(option)
+    if asked:
+        field = f"--additional-config {option}"
+        raise AttnEditError(field, asked, "leave it out: the gate needs all tokens on every rank")
+    value = os.environ.get(variable, "0")
+    if asked is None and value not in ("", "0"):
+        raise AttnEditError(variable, value, "unset it: the gate needs all tokens on every rank")
 
 
 def check_window_attention(

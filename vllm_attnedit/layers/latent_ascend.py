@@ -29,7 +29,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.mla import MLAModules, MultiHeadLatentAttentionWrapper
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from vllm_attnedit.backends.ascend_limits import check_latent_attention
+from vllm_attnedit.backends.ascend_limits import check_gate, check_latent_attention
 from vllm_attnedit.config import AttentionEdit, AttnEditConfig
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.layers.gated import gate_projection
@@ -89,10 +89,7 @@ def check_ascend_latent(vllm_config: VllmConfig, config: AttnEditConfig, num_hea
         raise AttnEditError(
             "--enable-lora", True, "leave it out: adapters' rows do not move as MLA's do on Ascend"
         )
-    if (vllm_config.additional_config or {}).get("enable_flashcomm1") and edit.gate is not None:
-        raise AttnEditError(
-            "--additional-config enable_flashcomm1", True, "leave it out: the gate needs all tokens"
-        )
+    check_gate(edit.gate, vllm_config.additional_config)
     assert edit.kv_lora_rank and edit.qk_nope_head_dim
     assert edit.qk_rope_head_dim and edit.v_head_dim
     check_latent_attention(

@@ -15,8 +15,10 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
+from vllm_attnedit.backends.ascend_limits import check_gate
 from vllm_attnedit.backends.prologue import Prologue
 from vllm_attnedit.backends.steps import decode_query_len
+from vllm_attnedit.config import AttnEditConfig
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.kv_cache.spec import GateSWASpec
 from vllm_attnedit.layers.packing import Pack
@@ -75,8 +77,11 @@ def ascend_reason(vllm_config: VllmConfig) -> str | None:
     """Why windows keep vLLM's allocation on Ascend; ``None`` if they need not.
 
     Raises:
-        AttnEditError: for prefill context parallelism, which splits what a window backend reads.
+        AttnEditError: for prefill context parallelism, which splits what a window backend reads,
+            and for a gate that would not see all tokens.
     """
+    config: AttnEditConfig = vllm_config.model_config.hf_text_config
+    check_gate(config.edit.gate, vllm_config.additional_config)
     ranks = vllm_config.parallel_config.prefill_context_parallel_size
     if ranks > 1:
         raise AttnEditError(
