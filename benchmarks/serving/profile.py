@@ -31,7 +31,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("MoE", r"moe|expert|topkGating|grouped_topk"),
     ("attention", r"attention|attn|flash|fmha|gateswa|mla_|_mla|unified_|paged"),
     ("sampling", r"sampl|argmax|multinomial|top_?k|top_?p|softmax|cumsum|sort|exponential"),
-    ("GEMM", r"gemm|gemv|cutlass|nvjet|cublas|xmma|splitK|matmul|addmm|aten::mm|linear"),
+    ("GEMM", r"gemm|gemv|cutlass|nvjet|cublas|xmma|splitK|matmul|addmm|_mm\b|::mm\b|linear"),
     ("copies", r"memcpy|memset|copy_|_to_copy|aten::to\b|index_select|gather"),
     ("norms, RoPE, activations", r"norm|rotary|rope|silu|swiglu|act_and_mul|triton_|elementwise"),
 )

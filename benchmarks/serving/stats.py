@@ -24,9 +24,8 @@ def summarise(
 ) -> dict[str, Any]:
     """Figures of the interval ``[start_s, end_s)``.
 
-    Tokens count when they arrive, also those of requests that began before or end later. Latencies
-    are of the requests sent within it: time to first token of all that got one, the others of those
-    that ended.
+    Everything counts when it happens: a token and a time to first token when they arrive, also of
+    requests that began before or end later; the others when the request ends.
 
     Args:
         steady: whether rate and latencies should be the same throughout, so that their spread
@@ -35,9 +34,9 @@ def summarise(
     arrivals = token_arrivals(records)
     inside = arrivals[(arrivals >= start_s) & (arrivals < end_s)]
     seconds = max(1e-9, end_s - start_s)
-    sent = [r for r in records if start_s <= r.sent_s < end_s]
-    started = [r for r in sent if r.first_s and not r.failed]
-    whole = [r for r in sent if r.whole]
+    started = [r for r in records if start_s <= r.first_s < end_s and not r.failed]
+    ended = [r for r in records if start_s <= r.end_s <= end_s]
+    whole = [r for r in ended if r.whole]
     good = [r for r in whole if r.ttft_s <= goal.ttft_s and (r.tpot_s or 0) <= goal.tpot_s]
     counts, _ = np.histogram(inside, bins=_WINDOWS, range=(start_s, end_s))
     rate: dict[str, Any] = {"value": len(inside) / seconds, "low": None, "high": None}
@@ -47,8 +46,8 @@ def summarise(
     return {
         "seconds": seconds,
         "requests": len(whole),
-        "failed": sum(r.failed for r in sent),
-        "errors": sorted({r.error for r in sent if r.failed})[:5],
+        "failed": sum(r.failed for r in ended),
+        "errors": sorted({r.error for r in ended if r.failed})[:5],
         "output_tokens_per_s": rate,
         "requests_per_s": len(whole) / seconds,
         "prompt_tokens": int(np.median([r.prompt_tokens for r in whole])) if whole else 0,

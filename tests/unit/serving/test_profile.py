@@ -55,6 +55,7 @@ def test_operators_on_a_cpu_count_once() -> None:
         ("void vllm::reshape_and_cache_flash_kernel", "KV writes"),
         ("flash_fwd_splitkv_kernel", "attention"),
         ("void cutlass::device_kernel<gemm>", "GEMM"),
+        ("_C::onednn_mm", "GEMM"),
         ("triton_red_fused_rms_norm_3", "norms, RoPE, activations"),
         ("vllm::act_and_mul_kernel<silu>", "norms, RoPE, activations"),
         ("argmax_reduce", "sampling"),

@@ -56,8 +56,11 @@ def test_only_tokens_within_the_interval_count() -> None:
     records = [record(0.0, 1.0, [1.0] * 9)]  # tokens at 1, 2, ... 10
     figures = summarise(records, 3.0, 6.0, GOAL, steady=True)
     assert figures["output_tokens_per_s"]["value"] == pytest.approx(1.0)
-    assert figures["requests"] == 0  # sent before it
+    assert figures["requests"] == 0  # its first token came before, its end after
     assert figures["ttft_s"]["p50"] is None
+    late = summarise(records, 8.5, 10.5, GOAL, steady=True)
+    assert (late["requests"], late["ttft_s"]["p50"]) == (1, None)
+    assert late["tpot_s"]["p50"] == pytest.approx(1.0)
 
 
 def test_tokens_that_came_together_all_count() -> None:
