@@ -17,7 +17,8 @@ ascend_home=$PWD/.cache/ascend
 setup_progress() { tail -n 1 "$setup_log" | cut -c 1-100; }
 
 ascend_inputs() {
-    { setup_inputs .venv/bin/python; cat "requirements/ascend-$1.txt" tests/ascend/cann_stubs.py \
+    # Not what .venv holds: it lies beneath, and is found as it is.
+    { .venv/bin/python --version; pwd -P; cat "requirements/ascend-$1.txt" tests/ascend/cann_stubs.py \
         scripts/setup_ascend.sh; } | sha256sum | cut -d' ' -f1
 }
 

@@ -13,6 +13,12 @@ from typing import Any
 
 from vllm_attnedit.errors import AttnEditError
 
+NOT_RUN = (
+    "Edited attention on Ascend is compile- and contract-verified, not run on hardware: first run "
+    "attnedit doctor --device npu and scripts/smoke_ascend.sh, see docs/ascend.md"
+)
+"""What the log says when a model is loaded there."""
+
 FIA = "npu_fused_infer_attention_score"
 FIA_V2 = "npu_fused_infer_attention_score_v2"
 

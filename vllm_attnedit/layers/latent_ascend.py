@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -29,11 +30,13 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.mla import MLAModules, MultiHeadLatentAttentionWrapper
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from vllm_attnedit.backends.ascend_limits import check_gate, check_latent_attention
+from vllm_attnedit.backends.ascend_limits import NOT_RUN, check_gate, check_latent_attention
 from vllm_attnedit.config import AttentionEdit, AttnEditConfig
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.layers.gated import gate_projection
 from vllm_attnedit.ops.sigmoid_gate import sigmoid_gate
+
+logger = init_logger(__name__)
 
 _QUERY_NAMES = ("q_proj", "q_b_proj")
 _KEY_NAME = "kv_a_proj_with_mqa"
@@ -159,6 +162,7 @@ class AscendLatentAttention(nn.Module):
         edit, hidden, bias = config.edit, config.hidden_size, config.qkv_bias
         heads = config.num_attention_heads // get_tensor_model_parallel_world_size()
         check_ascend_latent(vllm_config, config, heads)
+        logger.warning_once(NOT_RUN)
         assert edit.kv_lora_rank and edit.qk_rope_head_dim
         assert edit.qk_nope_head_dim and edit.v_head_dim
         total_heads = config.num_attention_heads

@@ -15,7 +15,7 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
-from vllm_attnedit.backends.ascend_limits import check_gate
+from vllm_attnedit.backends.ascend_limits import NOT_RUN, check_gate
 from vllm_attnedit.backends.prologue import Prologue
 from vllm_attnedit.backends.steps import decode_query_len
 from vllm_attnedit.config import AttnEditConfig
@@ -118,6 +118,7 @@ def window_backend(vllm_config: VllmConfig) -> type[AttentionBackend] | None:
     if current_platform.device_type == NPU and not asks_for_stock(vllm_config):
         from vllm_attnedit.backends.gateswa_ascend import GateSWAAscendBackend
 
+        logger.warning_once(NOT_RUN)
         # Never without its band mask: vllm-ascend's own keeps one key too many.
         if reason is not None:
             logger.warning_once(
