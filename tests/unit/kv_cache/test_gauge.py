@@ -49,6 +49,13 @@ def test_between_two_updates_nothing_is_counted(monkeypatch: pytest.MonkeyPatch,
     engine = ModelEngine(window=6)
     engine.add(list(range(30)))
     engine.step({"r0": 30}, random.Random(0))
+    for manager in engine.manager.coordinator.single_type_managers[1:]:
+        manager.gauge.due = 0.0
     engine.manager.new_step_starts()
+    assert exported(1)
+    counting = gauge.count_blocks
     monkeypatch.setattr(gauge, "count_blocks", lambda manager: pytest.fail("counted"))
     engine.manager.new_step_starts()
+    monkeypatch.setattr(gauge, "count_blocks", counting)
+    engine.finish("r0")  # the last one: no step will come to say that nothing is held
+    assert exported(1) == 0

@@ -37,6 +37,12 @@ def test_shares_of_a_device() -> None:
     assert sum(result.values()) == pytest.approx(1)
 
 
+def test_a_kernel_within_another_hides_no_idleness() -> None:
+    trace = [event("gemm", 0, 50), event("flash", 10, 5), event("gemm", 30, 30)]
+    trace.append(event("gemm", 99, 1))
+    assert shares(trace)["idle"] == pytest.approx(39 / (50 + 5 + 30 + 1 + 39))
+
+
 def test_operators_on_a_cpu_count_once() -> None:
     """What an operator calls is not its own time."""
     trace = [
