@@ -173,7 +173,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    document = {"provenance": provenance(), "rows": rows(args.repeats)}
+    document: dict[str, Any] = {"provenance": provenance(), "rows": rows(args.repeats)}
     args.out.write_text(json.dumps(document, indent=1) + "\n")
     for row in document["rows"]:
         print(
