@@ -133,5 +133,4 @@ def install() -> None:
     register("npu", "npu_format_cast", lambda x, *_, **__: x)
     register("atb", "npu_paged_cache_load.out", load_pages)
     register("vllm", "mla_forward", mla_forward)
-    register("vllm", "unquantized_gemm", torch.nn.functional.linear)
     register("vllm", "maybe_all_gather_and_maybe_unpad", lambda x, *_: x)

@@ -7,7 +7,7 @@ import torch
 import torch_npu
 from vllm.platforms import current_platform
 
-from tests.ascend import mla_operators, npu_operators
+from tests.ascend import layer_operators, mla_operators, npu_operators
 from vllm_attnedit.backends import ascend_limits
 
 
@@ -24,6 +24,7 @@ def prepare() -> None:
     load_general_plugins()
     npu_operators.install()
     mla_operators.install()
+    layer_operators.install()
 
 
 # Before test modules are imported: vllm-ascend's own modules import each other in a circle, which

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.ascend.backend.layers import prepare_layers, take_ascend_layers
 from tests.ascend.backend.serving import Server, engine_config, one_rank, worst_error
 from tests.integration.engine import random_prompts
 from tests.unit.tiny import tiny_edit
@@ -26,6 +27,7 @@ def serve(model, folder, decodes: int, **options) -> Server:
     """Three prompts, one of them in chunks beside the others' decodes, then decodes."""
     config = engine_config(tiny_edited_checkpoint(model, folder), **options)
     with one_rank(config):
+        prepare_layers(config)
         server = Server(model, config)
         for prompt in random_prompts([200, 37, 290]):
             server.add(prompt)
@@ -97,3 +99,14 @@ def test_padding_of_a_step_sees_itself():
     assert chunk.tail_rows.tolist() == [4 * 128 + 127, 7 * 128, 7 * 128 + 1]
     assert chunk.order is not None
     assert chunk.order.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["ours", "stock allocation"])
+def test_with_all_of_vllm_ascends_layers(tmp_path, monkeypatch, async_scheduling):
+    """Projections, norms, rotation and MLP as vllm-ascend replaces them, around our attention."""
+    take_ascend_layers(monkeypatch)
+    model = small_model(16)
+    server = serve(model, tmp_path, 20, async_scheduling=async_scheduling)
+    assert type(server.model.model.layers[0].self_attn.q_norm).__name__ == "AscendRMSNorm"
+    for run in server.running:
+        assert worst_error(model, run) < TOLERANCE

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vllm.model_executor import custom_op
 
+from tests.ascend.backend.layers import prepare_layers, take_ascend_layers
 from tests.ascend.backend.serving import (
     Server,
     engine_config,
@@ -30,21 +30,8 @@ WIDTHS = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, 
 
 @pytest.fixture(autouse=True)
 def vllm_ascends_layers(monkeypatch):
-    """The layers of vllm-ascend's that an MLA layer consists of, in vLLM's place."""
-    from vllm_ascend.ops import rotary_embedding
-    from vllm_ascend.ops.linear import AscendRowParallelLinear
-    from vllm_ascend.ops.mla import AscendMultiHeadLatentAttention
-
-    replaced = {
-        "MultiHeadLatentAttentionWrapper": AscendMultiHeadLatentAttention,
-        "RowParallelLinear": AscendRowParallelLinear,
-        "RotaryEmbedding": rotary_embedding.AscendRotaryEmbedding,
-    }
-    for name, cls in replaced.items():
-        monkeypatch.setitem(custom_op.op_registry_oot, name, cls)
-    for name in ("_cos_mla", "_sin_mla", "_cos_cache", "_sin_cache", "_cos_sin_cache"):
-        monkeypatch.setattr(rotary_embedding, name, None)
-    monkeypatch.setattr("vllm.model_executor.layers.rotary_embedding._ROPE_DICT", {})
+    """An MLA layer is one of vllm-ascend's own, and calls others of them."""
+    take_ascend_layers(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "npu", lambda self: self, raising=False)
 
 
@@ -62,16 +49,11 @@ def small_model(heads: int = 4, **edit):
 
 def serve(model, folder, decodes: int) -> Server:
     """Three prompts, one of them in chunks beside the others' decodes, then decodes."""
-    from vllm_ascend.ascend_config import get_ascend_config
-    from vllm_ascend.ops.rotary_embedding import set_cos_and_sin
-    from vllm_ascend.utils import set_weight_prefetch_method
-
     config = engine_config(tiny_edited_checkpoint(model, folder))
     assert config.model_config.use_mla
     with one_rank(config):
         server = Server(model, config)
-        set_weight_prefetch_method(get_ascend_config().weight_prefetch_config)
-        set_cos_and_sin(config, 8, 1, torch.float32, torch.device("cpu"))
+        prepare_layers(config)
         for prompt in random_prompts([200, 37, 290]):
             server.add(prompt)
         server.step({0: 200, 1: 37})
