@@ -51,6 +51,22 @@ def test_equals_the_reference(tmp_path, window, async_scheduling):
         assert worst_error(model, run) < TOLERANCE
 
 
+@pytest.mark.parametrize("window", [16, 129, 300])
+def test_a_chunk_may_overwrite_what_it_reads(tmp_path, window):
+    """Chunks that end with blocks: the new tail goes where the old one is read in the same step."""
+    model = small_model(window)
+    folder = tiny_edited_checkpoint(model, tmp_path)
+    config = engine_config(folder, async_scheduling=False, enable_prefix_caching=False)
+    with one_rank(config):
+        server = Server(model, config)
+        prepare_layers(config)
+        run = server.add(random_prompts([900])[0])
+        for _ in range(4):
+            server.step({0: 256})
+        server.step({0: 1})
+    assert worst_error(model, run) < TOLERANCE
+
+
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["ours", "stock allocation"])
 def test_one_key_too_many_is_seen(tmp_path, monkeypatch, async_scheduling):
     """vllm-ascend's own band, reintroduced: the test above must not let it pass."""
