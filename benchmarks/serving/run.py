@@ -10,6 +10,8 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,7 @@ class Benchmark:
         if stored.exists() and stored.read_text() != plan:
             raise AttnEditError("--out", out, "it holds another benchmark: give a new folder")
         stored.write_text(plan)
+        self.provenance = provenance(apart=True)
 
     def run(self) -> None:
         """Measure what is not there yet."""
@@ -199,22 +202,25 @@ class Benchmark:
                 "reported_concurrency": float(reported[2]) if reported else None,
                 "reported_length": int(reported[1].replace(",", "")) if reported else None,
                 "kv_tokens": int(pool[1].replace(",", "")) if pool else None,
-                "provenance": provenance(),
+                "provenance": self.provenance,
             },
         )
 
 
 def warm_up(running: Running, workload: Workload, model: dict[str, Any], count: int) -> None:
-    """Ask a few requests that no level asks; their figures are thrown away."""
+    """Ask a few requests that no level asks, at once: what is compiled or tuned for the first
+    batch must not count. Their figures are thrown away."""
     plan = Plan(workload, model["vocab_size"], model["max_model_len"])
-    with httpx.Client(base_url=running.base_url, timeout=600) as client:
-        for i in range(count):
-            ask = plan.ask(1_000_000 + i)
-            body = {**ask.body, "model": model["name"], "max_tokens": min(ask.output_tokens, 16)}
-            try:
-                client.post(ask.path, json=body).read()
-            except httpx.HTTPError:
-                return  # the level itself will say what is wrong
+
+    def send(i: int) -> None:
+        ask = plan.ask(1_000_000 + i)
+        body = {**ask.body, "model": model["name"], "max_tokens": min(ask.output_tokens, 16)}
+        # If something is wrong the level itself will say it.
+        with suppress(httpx.HTTPError):
+            httpx.post(running.base_url + ask.path, json=body, timeout=600)
+
+    with ThreadPoolExecutor(max(1, count)) as pool:
+        list(pool.map(send, range(count)))
 
 
 def wait_until_idle(running: Running) -> bool:

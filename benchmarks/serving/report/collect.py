@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.provenance import provenance
 from benchmarks.serving.report.arithmetic import bound, device_of
 from benchmarks.serving.run import passes
 from benchmarks.serving.stats import ratio
@@ -60,7 +59,9 @@ def collect(benchmark: Benchmark) -> dict[str, Any]:
         "complete": missing == 0,
         "missing": missing,
         # That of the measurement, which a report written later must not pass off as its own.
-        "provenance": next(iter(servers.values()))["provenance"] if servers else provenance(),
+        "provenance": next(iter(servers.values()))["provenance"]
+        if servers
+        else benchmark.provenance,
         "options": options.model_dump(mode="json"),
         "servers": servers,
         "drift": _drift(levels, first, control),
