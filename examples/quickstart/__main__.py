@@ -1,4 +1,4 @@
-"""Fetch a teacher, edit its attention, serve it, ask it something, and say what the edit saves."""
+"""Fetch a teacher, give it the trained attention kept here, serve it, ask it something."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from examples.quickstart.server import serve
 from examples.quickstart.teacher import CACHE, fetch_teacher
 
 MODEL_NAME = "smollm2-gateswa"
+EDIT = Path(__file__).with_name("smollm2_gateswa.safetensors")
 QUESTION = "What is the capital of France?"
 REQUEST_TOKENS = 8192  # SmolLM2's whole context
 
@@ -32,7 +33,7 @@ def main() -> int:
     try:
         _say("teacher: SmolLM2-135M-Instruct (93 MB, fetched unless it is there)")
         teacher = fetch_teacher(cache)
-        edited = _edit(teacher, cache / "edited" / "SmolLM2-135M-Instruct-gateswa")
+        edited = _edit(teacher, cache / "edited" / "SmolLM2-135M-Instruct-gateswa-trained")
         _ask(edited, options.question, cache / "serve.log")
         _report(edited)
     except (CommandFailed, ValueError) as error:
@@ -56,8 +57,7 @@ def _edit(teacher: Path, edited: Path) -> Path:
         _say(f"edited checkpoint: {_shown(edited)} is there")
         return edited
     attnedit = str(Path(sys.executable).with_name("attnedit"))
-    command = [attnedit, "edit", str(teacher), str(edited)]
-    command += ["--target", "gateswa", "--init", "inherit"]
+    command = [attnedit, "edit", str(teacher), str(edited), "--from-edit", str(EDIT)]
     _say(f"attnedit {' '.join([_shown(Path(p)) if os.sep in p else p for p in command[1:]])}")
     edited.parent.mkdir(parents=True, exist_ok=True)
     run(command)
