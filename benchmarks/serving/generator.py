@@ -41,7 +41,7 @@ class Generator:
         self._stream_beats = 0
         self._started = time.monotonic()
         self._cpu = time.process_time()
-        gevent.spawn(self._beat)
+        self._beating = gevent.spawn(self._beat)
 
     def next_user(self) -> int:
         """Number of a new user, over all processes (users are dealt out in turn)."""
@@ -91,6 +91,10 @@ class Generator:
         finally:
             del self._open[id(record)]
             self.records.append(record)
+
+    def close(self) -> None:
+        """End what runs beside the users."""
+        self._beating.kill()
 
     def write(self, path: Path) -> None:
         """All records and the cost of this process."""

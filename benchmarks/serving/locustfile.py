@@ -113,7 +113,10 @@ def _start(environment: Environment, **_: Any) -> None:
 def _stop(environment: Environment, **_: Any) -> None:
     generator: Generator | None = getattr(environment, "generator", None)
     options: Any = environment.parsed_options
-    if generator is not None and options.records:
+    if generator is None:
+        return
+    generator.close()
+    if options.records:
         gevent.sleep(0)  # users that were just killed note what they had
         generator.write(Path(options.records) / f"{os.getpid()}.jsonl")
 

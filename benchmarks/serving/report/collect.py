@@ -184,6 +184,8 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     for level in report["levels"]:
         workload = workloads[level["workload"]]
         lengths = f"{_short(workload['prompt_tokens'])}/{_short(workload['output_tokens'])}"
+        if workload["path"] is not None:
+            lengths = workload["kind"]
         again = " again" if level["pass"] > 1 else ""
         case = (
             f"serving {_model(options)} {level['system']}{again} {workload['load']} "

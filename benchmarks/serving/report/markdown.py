@@ -243,6 +243,8 @@ def _describe(workload: dict[str, Any]) -> str:
     lengths = f"{workload['prompt_tokens']:,} tokens in, {workload['output_tokens']:,} out"
     if workload["kind"] == "trace":
         lengths = f"lengths of {workload['path']}"
+    elif workload["kind"] == "sessions":
+        lengths = f"recorded in {workload['path']}, {workload['output_tokens']:,} tokens out"
     loads = {
         "burst": "all requests at once",
         "closed": "so many users asking",

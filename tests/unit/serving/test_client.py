@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import httpx
 import numpy as np
 
 from benchmarks.serving.options import Workload
 from benchmarks.serving.records import CUT
 from benchmarks.serving.workloads import Plan
-from tests.unit.serving.conftest import RunLoad, StartFake
+from tests.unit.serving.conftest import LOCUSTFILE, RunLoad, StartFake
 
 SHORT = ("--prompt-tokens", "50", "--output-tokens", "20")
 
@@ -114,3 +122,44 @@ def test_a_server_that_dies_leaves_failed_requests(fake: StartFake, load: RunLoa
     assert not done.whole
     assert all(record.failed for record in done.records)
     assert all(record.first_s for record in done.records)
+
+
+def test_the_web_ui_starts_and_stops_a_load(fake: StartFake) -> None:
+    """What a person does in the browser, by the requests that it sends."""
+    server = fake("--ttft", "0.05", "--tpot", "0.01")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", server.url]
+    command += ["--web-host", "127.0.0.1", "--web-port", str(port), "--output-tokens", "10"]
+    locust = subprocess.Popen(command)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as browser:
+            page = _until(lambda: browser.get("/").text)
+            assert "prompt_tokens" in page  # the load's options can be chosen there
+            assert "api_key" not in page
+            form = {"user_count": "2", "spawn_rate": "2", "host": server.url}
+            assert browser.post("/swarm", data=form).json()["success"]
+
+            def rows() -> dict[str, Any]:
+                stats = browser.get("/stats/requests").json()["stats"]
+                return {row["method"]: row for row in stats if row["num_requests"] >= 4}
+
+            shown = _until(lambda: found if {"TTFT", "POST"} <= set(found := rows()) else None)
+            assert {"TTFT", "TPOT", "ITL", "POST"} <= set(shown)
+            assert shown["TTFT"]["num_failures"] == 0
+            assert 50 <= shown["TTFT"]["median_response_time"] < 100
+            assert browser.post("/stop").json()["success"]
+    finally:
+        locust.terminate()
+        locust.wait()
+
+
+def _until(ask: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 40
+    while True:
+        with suppress(httpx.TransportError):
+            if answer := ask():
+                return answer
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
