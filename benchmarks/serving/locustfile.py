@@ -30,6 +30,8 @@ from benchmarks.serving.workloads import Ask, Plan
 from vllm_attnedit.errors import AttnEditError
 
 _MOST_GAPS = 16
+_LEAD_S = 0.3
+"""Before an open load's first arrival, so that its first request is ready in time."""
 _OPTIONS: dict[str, dict[str, Any]] = {
     "--model-name": {"default": "", "help": "as the server calls it; asked from it by default"},
     "--kind": {"default": "random", "choices": ["random", "multi_turn", "trace", "sessions"]},
@@ -170,7 +172,7 @@ class ApiUser(User):
     def _send_arrivals(self) -> None:
         generator = self.generator
         idle: list[Any] = []
-        started, asking = time.monotonic(), []
+        started, asking = time.monotonic() + _LEAD_S, []
         for number, due_s in generator.arrivals():
             ask = self._payload(generator.plan.ask(number))  # built and connected before it is due
             client = idle.pop() if idle else connect(self.environment.host or "")
