@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
 
 from vllm_attnedit.backends.gateswa_triton import (
     GateSWAImpl,
@@ -105,8 +105,7 @@ def test_norm_and_rotation_in_the_backend_change_nothing(
         for fused in (torch.randn(sum(new) + 2, (N + 2 * K) * D) for _, new in steps)
     ]
     kept = modules if normed else {"rotary_emb": modules["rotary_emb"]}
-    heads = {"first_kv_head": K} if packed else {}
-    impl = GateSWAImpl(N, D, D**-0.5, K, None, W, **heads)
+    impl = GateSWAImpl(N, D, D**-0.5, K, None, W, first_kv_head=K if packed else 0)
     scale = torch.ones(())
 
     def layer(prologue: Prologue | None) -> SimpleNamespace:
@@ -190,7 +189,7 @@ def test_only_a_rotation_by_table_is_taken_over(modules: dict[str, Any]):
     assert can_rotate(modules["rotary_emb"])
     assert not can_rotate(torch.nn.Identity())
 
-    class Other(type(modules["rotary_emb"])):
+    class Other(RotaryEmbedding):
         def forward_native(self, *arguments: Any) -> Any:
             return arguments
 
