@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,9 @@ from openai import AsyncOpenAI, BadRequestError, OpenAI
 from transformers import AutoTokenizer
 
 from tests.e2e.conftest import MODEL, attnedit
+from vllm_attnedit.checkpoint import load_config
+from vllm_attnedit.kv_live import build_live_report
+from vllm_attnedit.kv_server import connect, read_model_root, read_state
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -130,7 +133,7 @@ def test_kv_memory_is_read_live(client: OpenAI):
         client.completions.create(
             model=MODEL,
             prompt=f"{i} {LONG}",
-            max_tokens=1000,
+            max_tokens=1500,
             stream=True,
             extra_body={"ignore_eos": True},
         )
@@ -138,14 +141,14 @@ def test_kv_memory_is_read_live(client: OpenAI):
     ]
     for stream in streams:
         next(iter(stream))
-    reports = []
-    for _ in range(2):  # the gauge is set about once a second
-        done = attnedit("kv", "--server", client.base_url, "--json")
-        assert done.returncode == 0, done.stderr
-        reports.append(json.loads(done.stdout))
+    time.sleep(1.5)  # the gauge is set about once a second
+    with connect(str(client.base_url)) as server:
+        report = build_live_report(load_config(read_model_root(server)), read_state(server))
+    shown = attnedit("kv", "--server", client.base_url)
     for stream in streams:
         stream.close()
-    report = reports[-1]
+    assert shown.returncode == 0, shown.stderr
+    assert "measured by the engine" in shown.stdout
     full, windows = report["groups"]
     assert (report["split"], report["running"]) == ("measured", 4)
     assert (full["groups"], windows["groups"]) == (1, 5)
@@ -153,5 +156,3 @@ def test_kv_memory_is_read_live(client: OpenAI):
     # A window of one block spans two at most while decoding, of each request in each group.
     assert 4 * 5 <= windows["blocks"][0] <= windows["formula_blocks"] == 4 * 5 * 2
     assert report["reduction"][0] == pytest.approx(report["formula_reduction"], abs=0.1)
-    shown = attnedit("kv", "--server", client.base_url)
-    assert "measured by the engine" in shown.stdout
