@@ -11,3 +11,7 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="WARNING",
     HF_HUB_OFFLINE="1",
 )
+
+# vLLM's CPU worker replaces helpers of its other modules as it is imported; those imported before
+# it keep the ones for a GPU. An engine's own process imports it in time, a test run may not.
+import vllm.v1.worker.cpu_worker  # noqa: F401
