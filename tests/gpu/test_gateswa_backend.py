@@ -8,9 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from vllm import RequestOutput
 
+from tests.gpu.against_reference import check, gap
 from tests.integration.engine import BLOCK_SIZE, engine, generate, metric, random_prompts
 from tests.unit.tiny import tiny_edit
 from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
@@ -27,24 +26,6 @@ def model():
     edit = tiny_edit("gateswa", window=WINDOW, gate="headwise")
     # Wide enough heads for every GPU kernel, FlashAttention's included.
     return tiny_edited("qwen3", edit, head_dim=64, hidden_size=256, num_hidden_layers=4)
-
-
-@torch.no_grad()
-def gap(model, prompt: list[int], output: RequestOutput) -> float:
-    """The worst difference to the reference's log-probabilities of the served tokens."""
-    completion = output.outputs[0]
-    tokens = list(completion.token_ids)
-    served = [step[t].logprob for step, t in zip(completion.logprobs, tokens, strict=True)]
-    ids = torch.tensor([prompt + tokens], device="cuda")
-    logits = model.cuda()(ids).logits[0, len(prompt) - 1 : -1].float()
-    chosen = torch.tensor(tokens, device="cuda")[:, None]
-    expected = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
-    return max(abs(a - b) for a, b in zip(served, expected, strict=True))
-
-
-def check(model, prompts, outputs, tolerance: float) -> None:
-    for prompt, output in zip(prompts, outputs, strict=True):
-        assert gap(model, prompt, output) <= tolerance, len(prompt)
 
 
 @pytest.mark.parametrize("runner", ["0", "1"])

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import LLM, RequestOutput
+from vllm import LLM
 
+from tests.gpu.against_reference import check, gap
 from tests.integration.engine import BLOCK_SIZE, engine, generate, metric, random_prompts
 from tests.unit.tiny import tiny_edit
 from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
@@ -44,29 +45,15 @@ def tuned(gate: str | None = "headwise") -> Any:
     return tiny_edited("qwen3", edit, hidden_size=256, head_dim=128)
 
 
+def backend_names(worker: Any) -> list[str]:
+    """Runs in the engine's process."""
+    context = worker.vllm_config.compilation_config.static_forward_context
+    return sorted({layer.get_attn_backend().__name__ for layer in context.values()})
+
+
 def backends(llm: LLM) -> set[str]:
     """The names of the classes that serve the model's attention layers."""
-    core = llm.llm_engine.engine_core.engine_core
-    context = core.vllm_config.compilation_config.static_forward_context
-    return {layer.get_attn_backend().__name__ for layer in context.values()}
-
-
-@torch.no_grad()
-def gap(model, prompt: list[int], output: RequestOutput) -> float:
-    """The worst difference to the reference's log-probabilities of the served tokens."""
-    completion = output.outputs[0]
-    tokens = list(completion.token_ids)
-    served = [step[t].logprob for step, t in zip(completion.logprobs, tokens, strict=True)]
-    ids = torch.tensor([prompt + tokens], device="cuda")
-    logits = model.cuda()(ids).logits[0, len(prompt) - 1 : -1].float()
-    chosen = torch.tensor(tokens, device="cuda")[:, None]
-    expected = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
-    return max(abs(a - b) for a, b in zip(served, expected, strict=True))
-
-
-def check(model, prompts, outputs, tolerance: float = 5e-3) -> None:
-    for prompt, output in zip(prompts, outputs, strict=True):
-        assert gap(model, prompt, output) <= tolerance, len(prompt)
+    return set(llm.collective_rpc(backend_names)[0])
 
 
 @pytest.mark.parametrize("runner", ["0", "1"])
