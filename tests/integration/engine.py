@@ -32,6 +32,8 @@ def engine(checkpoint: Path, **overrides: Any) -> Iterator[LLM]:
         "disable_log_stats": False,
         "seed": 0,
     }
+    if torch.cuda.is_available():  # a small share: several tests may use one GPU at once
+        settings |= {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}
     llm = None
     try:
         llm = LLM(model=str(checkpoint), **(settings | overrides))
