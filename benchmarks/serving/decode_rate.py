@@ -26,6 +26,8 @@ from benchmarks.models import write_model
 from benchmarks.provenance import provenance
 
 CONTROLS = ("full", "stock")
+# case -> the case that differs from it in one thing only
+SIBLINGS = {"gateswa-packed": "gateswa", "mla-attnedit": "mla"}
 # case -> (target of the edit, --additional-config)
 CASES: dict[str, tuple[str, dict[str, str]]] = {
     "full": ("full", {}),
@@ -140,24 +142,25 @@ def run_case(case: str, args: argparse.Namespace) -> dict[str, dict[str, float]]
 def rows(
     results: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Committed form: each case against each control of the same run."""
+    """Committed form: each case against each control of the same run, if there is one."""
     table = []
     for case, points in results.items():
-        for control in (c for c in CONTROLS if c in results):
+        controls: list[str | None] = [c for c in (*CONTROLS, SIBLINGS.get(case)) if c in results]
+        for control in controls or [None]:
             for point, values in points.items():
                 for metric, value in values.items():
+                    base = None if control is None else results[control][point][metric]
                     table.append(
                         {
                             "case": f"decode_rate {args.model} {case} {point} W{args.window}",
                             "metric": metric,
                             "value": round(value, 5),
-                            "unit": "s" if metric.endswith("_s") and "per" not in metric
-                            else "tokens/s",
+                            "unit": "s" if metric == "ttft_s" else "tokens/s",
                             "control": control,
-                            "ratio": round(value / results[control][point][metric], 4),
+                            "ratio": None if base is None else round(value / base, 4),
                             "runner": f"V{args.runner}",
                         }
-                    )  # fmt: skip
+                    )
     return table
 
 
@@ -193,10 +196,8 @@ def main() -> None:
         document: dict[str, Any] = {"provenance": provenance(), "rows": rows(results, args)}
         args.out.write_text(json.dumps(document, indent=1) + "\n")  # kept if a later case fails
     for row in document["rows"]:
-        print(
-            f"{row['case']:<58}{row['metric']:<22}{row['value']:>12,.3f}"
-            f"{row['ratio']:>8.3f} of {row['control']}"
-        )
+        against = "" if row["ratio"] is None else f"{row['ratio']:>8.3f} of {row['control']}"
+        print(f"{row['case']:<58}{row['metric']:<22}{row['value']:>12,.3f}{against}")
 
 
 if __name__ == "__main__":

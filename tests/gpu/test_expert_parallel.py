@@ -29,5 +29,6 @@ def test_two_ranks_equal_the_reference(target: str, expert_parallel: bool, tmp_p
     model = tiny_edited("qwen3_moe", edit, head_dim=32, moe_intermediate_size=64)
     prompts = random_prompts([3, 40, 90])
     folder = tiny_edited_checkpoint(model, tmp_path / "model")
-    result = run(folder, prompts, tmp_path, enable_expert_parallel=expert_parallel)
+    memory = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28}
+    result = run(folder, prompts, tmp_path, enable_expert_parallel=expert_parallel, **memory)
     assert result["tokens"] == [reference(model, p, STEPS).tokens for p in prompts]

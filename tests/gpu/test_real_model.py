@@ -52,7 +52,7 @@ def test_kernels_give_the_tokens_of_the_oracle(
     """Chunks of 128 and decodes; compiled and with CUDA graphs against eager oracles.
 
     In bfloat16 two candidates may be closer than its rounding: a pair of outputs may part there,
-    and nowhere else.
+    and nowhere else. Logits between 16 and 32 are multiples of 1/8, and two are compared.
     """
     fast = continuations(edited, dtype=dtype, enforce_eager=False)
     monkeypatch.setenv(OVERRIDE_VARIABLE, "reference")
@@ -69,6 +69,6 @@ def test_kernels_give_the_tokens_of_the_oracle(
         if parted is not None:
             x, y = a.token_ids[parted], b.token_ids[parted]
             gap = b.logprobs[parted][y].logprob - a.logprobs[parted][x].logprob
-            assert abs(gap) <= 0.1, f"they part at {parted}, where it is no tie"
+            assert abs(gap) <= 0.25, f"they part at {parted}, where it is no tie"
     print(f"{same} of {len(PROMPTS)} continuations equal in bfloat16")
     assert same >= len(PROMPTS) // 2
