@@ -43,11 +43,14 @@ def serving(
     report_only: Annotated[
         bool, typer.Option(help="Measure nothing; write the report of what is there.")
     ] = False,
+    devices: Annotated[
+        int | None, typer.Option(help="That every system takes, instead of server.devices.")
+    ] = None,
 ) -> None:
     """Throughput and latency of served models against their teacher's, under concurrency."""
     from benchmarks.serving.options import load_options
 
-    options = load_options(config)
+    options = load_options(config, devices)
     from benchmarks.serving.report import write_report
     from benchmarks.serving.run import Benchmark
 
@@ -74,6 +77,9 @@ def profile(
     out: Annotated[Path | None, typer.Option(help="The benchmark's folder for results.")] = None,
     after: Annotated[float, typer.Option(help="Seconds of load before the trace.")] = 10.0,
     seconds: Annotated[float, typer.Option(help="Length of the trace.")] = 2.0,
+    devices: Annotated[
+        int | None, typer.Option(help="That every system takes, instead of server.devices.")
+    ] = None,
 ) -> None:
     """Where a served step's time goes: shares of GEMM, attention, MoE, sampling, idleness."""
     import httpx
@@ -82,7 +88,7 @@ def profile(
     from benchmarks.serving.options import load_options
     from benchmarks.serving.server import ServerFailed
 
-    options = load_options(config)
+    options = load_options(config, devices)
     systems = {one.name: one for one in options.systems}
     workloads = {one.name: one for one in options.workloads}
     for option, name, known in (("--system", system, systems), ("--workload", workload, workloads)):

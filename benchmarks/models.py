@@ -24,7 +24,8 @@ _QWEN3 = {
     "dtype": "bfloat16",
 }
 
-# Hugging Face: Qwen/Qwen3-8B, Qwen/Qwen3-30B-A3B and HuggingFaceTB/SmolLM2-135M, config.json
+# Hugging Face: Qwen/Qwen3-8B, Qwen/Qwen3-30B-A3B, Qwen/Qwen2.5-Coder-1.5B and
+# HuggingFaceTB/SmolLM2-135M, config.json
 TEACHERS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "model_type": "llama",
@@ -43,6 +44,24 @@ TEACHERS: dict[str, dict[str, Any]] = {
         "hidden_act": "silu",
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "dtype": "bfloat16",
+    },
+    "qwen2.5-coder-1.5b": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "vocab_size": 151_936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32_768,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "bos_token_id": 151_643,
+        "eos_token_id": 151_643,
         "dtype": "bfloat16",
     },
     "qwen3-8b": {
@@ -102,3 +121,22 @@ def write_model(
         )
         config.save_pretrained(folder)
     return folder
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer of as many words as there are ids, where none comes with the dimensions.
+
+    Servers detokenize with it, as they would with a real one, and ``vllm bench`` counts with it.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{i}": i for i in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="t0", eos_token="t1", pad_token="t1"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    fast.save_pretrained(folder)

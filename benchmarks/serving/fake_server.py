@@ -4,7 +4,8 @@
 
 Every answer's first token comes ``ttft`` seconds after its request, the next ones ``tpot`` apart;
 at most ``slots`` requests run at once and the others wait, as in vLLM. It serves vLLM's metrics of
-the same names. ``--fail-after N`` exits at request N with the last words ``--fail-with``;
+the same names, for each of ``--data-parallel-size`` engines, and says at its start what vLLM would
+say of its KV cache. ``--fail-after N`` exits at request N with the last words ``--fail-with``;
 ``--hang`` never comes up.
 """
 
@@ -33,6 +34,7 @@ class Fake:
     blocks: int
     fail_after: int
     fail_with: str
+    engines: int = 1
     running: int = 0
     waiting: int = 0
     requests: int = 0
@@ -110,19 +112,26 @@ async def _send(response: web.StreamResponse, data: dict[str, Any]) -> None:
 
 
 async def metrics(request: web.Request) -> web.Response:
-    """As many of vLLM's as the harness reads; each running request holds one block."""
+    """As many of vLLM's as the harness reads; each running request holds one block of its engine.
+
+    Requests that run are shared out evenly; the other counts are the first engine's.
+    """
     fake = request.app[FAKE]
-    engine = '{engine="0",model_name="fake"}'
-    lines = [
-        f'vllm:cache_config_info{{engine="0",block_size="16",num_gpu_blocks="{fake.blocks + 1}",'
-        'cache_dtype="auto"} 1.0',
-        f"vllm:num_requests_running{engine} {fake.running}",
-        f"vllm:num_requests_waiting{engine} {fake.waiting}",
-        f"vllm:kv_cache_usage_perc{engine} {fake.running / fake.blocks}",
-        f"vllm:num_preemptions_total{engine} 0",
-        f"vllm:generation_tokens_total{engine} {fake.generated}",
-        f"vllm:prompt_tokens_total{engine} {fake.prompted}",
-    ]
+    lines = []
+    for number in range(fake.engines):
+        running = (fake.running + fake.engines - 1 - number) // fake.engines
+        first = number == 0
+        engine = f'{{engine="{number}",model_name="fake"}}'
+        lines += [
+            f'vllm:cache_config_info{{engine="{number}",block_size="16",'
+            f'num_gpu_blocks="{fake.blocks + 1}",cache_dtype="auto"}} 1.0',
+            f"vllm:num_requests_running{engine} {running}",
+            f"vllm:num_requests_waiting{engine} {fake.waiting * first}",
+            f"vllm:kv_cache_usage_perc{engine} {running / fake.blocks}",
+            f"vllm:num_preemptions_total{engine} 0",
+            f"vllm:generation_tokens_total{engine} {fake.generated * first}",
+            f"vllm:prompt_tokens_total{engine} {fake.prompted * first}",
+        ]
     return web.Response(text="\n".join(lines) + "\n")
 
 
@@ -150,6 +159,17 @@ def application(fake: Fake) -> web.Application:
     return app
 
 
+def report(length: int, blocks: int, kv_gib: float) -> str:
+    """An engine's own words on its KV cache, as vLLM's log has them."""
+    tokens = 16 * blocks
+    return (
+        f"INFO [gpu_worker.py:480] Available KV cache memory: {kv_gib:.2f} GiB\n"
+        f"INFO [kv_cache_utils.py:1744] GPU KV cache size: {tokens:,} tokens\n"
+        f"INFO [kv_cache_utils.py:1745] Maximum concurrency for {length:,} tokens per request: "
+        f"{tokens / length:.2f}x"
+    )
+
+
 def main() -> None:
     """Serve until ended; options that are not the fake's own are ignored, as a stand-in's must."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -160,6 +180,9 @@ def main() -> None:
     parser.add_argument("--tpot", type=float, default=0.02, help="seconds")
     parser.add_argument("--slots", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=1000)
+    parser.add_argument("--kv-gib", type=float, default=1.0, help="KV memory of a device")
+    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--data-parallel-size", type=int, default=1, help="engines")
     parser.add_argument("--fail-after", type=int, default=0)
     parser.add_argument("--fail-with", default="torch.OutOfMemoryError: CUDA out of memory.")
     parser.add_argument("--hang", action="store_true")
@@ -175,7 +198,10 @@ def main() -> None:
         options.blocks,
         options.fail_after,
         options.fail_with,
+        options.data_parallel_size,
     )
+    for _ in range(fake.engines):
+        print(report(options.max_model_len, fake.blocks, options.kv_gib), flush=True)
     try:
         web.run_app(application(fake), host=options.host, port=options.port, print=None)
     except OSError as error:

@@ -1,7 +1,8 @@
 """What a serving benchmark is: the schema of its YAML file.
 
 Everything that a comparison must hold equal (``server``, ``workloads``) is stated once for all
-systems; a system can only say which model it is and how its window layers are served.
+systems; a system can only say which model it is, how its window layers are served, and whether the
+devices that all of them get hold one copy of it or several.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from benchmarks.serving.spread import count_devices
 from vllm_attnedit.errors import AttnEditError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -30,6 +32,8 @@ class System(_Options):
         window_backend: ``stock`` serves window layers by vLLM's own attention, gate outside.
         window_pages: ``packed`` or ``separate`` pages of window layers.
         gate: of window layers; a dimension of the edit, so ``full`` has none.
+        tensor_parallel: devices that one copy of the model is split over, all of ``server.devices``
+            by default. With fewer, as many copies as fill them share the requests out.
         arguments: further ones for ``vllm serve``; what must be equal everywhere is refused.
     """
 
@@ -38,6 +42,7 @@ class System(_Options):
     window_backend: Literal["auto", "stock"] = "auto"
     window_pages: Literal["separate", "packed"] = "separate"
     gate: Literal["headwise", "elementwise", "none"] | None = None
+    tensor_parallel: Positive | None = None
     arguments: tuple[str, ...] = ()
 
 
@@ -45,6 +50,8 @@ class Server(_Options):
     """Settings of ``vllm serve``, the same for all systems.
 
     Attributes:
+        devices: that every system takes, by tensor parallelism where the system asks for nothing
+            else. In a file also ``all``, those of the machine.
         v2_runner: ``VLLM_USE_V2_MODEL_RUNNER``, which vLLM else sets by architecture name.
         arguments: further ones.
         environment: further variables.
@@ -54,6 +61,7 @@ class Server(_Options):
     """
 
     max_model_len: Positive
+    devices: Positive = 1
     max_num_seqs: Positive = 512
     max_num_batched_tokens: Positive = 8192
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -181,6 +189,13 @@ class Options(_Options):
         ):
             if len(set(names)) < len(names):
                 raise ValueError(f"{field}: give each a name of its own, not {', '.join(names)}")
+        devices = self.server.devices
+        for system in self.systems:
+            if devices % (system.tensor_parallel or devices):
+                raise ValueError(
+                    f"systems.{system.name}.tensor_parallel: groups of {system.tensor_parallel} do "
+                    f"not fill server.devices, {devices}, which all systems have: give a divisor"
+                )
         known = {system.name for system in self.systems}
         for workload in self.workloads:
             unknown = set(workload.systems or ()) - known
@@ -195,8 +210,12 @@ class Options(_Options):
         return self
 
 
-def load_options(path: Path) -> Options:
+def load_options(path: Path, devices: int | None = None) -> Options:
     """Read a benchmark's YAML file; relative paths in it are relative to the working folder.
+
+    Args:
+        path: of the file.
+        devices: instead of its ``server.devices``.
 
     Raises:
         AttnEditError: naming the file, the field and what is wrong with it.
@@ -207,6 +226,12 @@ def load_options(path: Path) -> Options:
         raise AttnEditError(str(path), error.strerror, "give a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise AttnEditError(str(path), error, "mend the YAML") from error
+    server = data.get("server") if isinstance(data, dict) else None
+    if isinstance(server, dict):
+        if devices is not None:
+            server["devices"] = devices
+        elif server.get("devices") == "all":
+            server["devices"] = count_devices()
     try:
         return Options.model_validate(data)
     except ValidationError as error:

@@ -7,7 +7,6 @@ of its budget or was told to do a part only is carried on by the next one with t
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,26 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic import ValidationError
 
 from benchmarks.provenance import provenance
 from benchmarks.serving.crosscheck import crosscheck
 from benchmarks.serving.levels import run_level
 from benchmarks.serving.options import Options, System, Workload
+from benchmarks.serving.reported import kv_report
 from benchmarks.serving.scraping import read_sample
 from benchmarks.serving.server import (
     Running,
     ServerFailed,
-    check_system,
+    check_arguments,
     environment_of,
     serving,
 )
-from benchmarks.serving.systems import describe, is_dummy, prepare
+from benchmarks.serving.spread import spread_of
+from benchmarks.serving.systems import check_spread, describe, is_dummy, prepare
 from benchmarks.serving.workloads import Plan
 from vllm_attnedit.errors import AttnEditError
 
 _IDLE_S = 60.0
-_REPORTED = re.compile(r"Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x")
-_POOL = re.compile(r"KV cache size: ([\d,]+) tokens")
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,9 @@ class Benchmark:
         self.systems = _names("--system", systems, [s.name for s in options.systems])
         self.workloads = _names("--workload", workloads, [w.name for w in options.workloads])
         for system in options.systems:
-            check_system(system)
+            check_arguments(system, options.server)
         out.mkdir(parents=True, exist_ok=True)
-        plan = json.dumps(options.model_dump(mode="json"), indent=1)
-        stored = out / "options.json"
-        if stored.exists() and stored.read_text() != plan:
-            raise AttnEditError("--out", out, "it holds another benchmark: give a new folder")
-        stored.write_text(plan)
+        _keep_options(options, out)
         self.provenance = provenance(apart=True)
 
     def run(self) -> None:
@@ -121,6 +117,7 @@ class Benchmark:
         if not todo:
             return
         folder = prepare(self.options, one.system, self.out / "models")
+        check_spread(folder, one.system, self.options.server)
         model = describe(folder, one.system.name, self.options.server.max_model_len)
         for workload, _, _ in todo:
             Plan(workload, model["vocab_size"], model["max_model_len"])  # refuses before it starts
@@ -190,8 +187,7 @@ class Benchmark:
 
     def _note_server(self, one: Pass, running: Running, folder: Path) -> None:
         """What is needed to repeat it, and what it said about its cache."""
-        log = running.log.read_text(errors="replace")
-        reported, pool = _REPORTED.search(log), _POOL.search(log)
+        spread = spread_of(one.system, self.options.server)
         _write(
             self.out / "servers" / f"{one.name}.json",
             {
@@ -199,9 +195,9 @@ class Benchmark:
                 "command": running.command,
                 "environment": environment_of(self.options.server),
                 "model": str(folder),
-                "reported_concurrency": float(reported[2]) if reported else None,
-                "reported_length": int(reported[1].replace(",", "")) if reported else None,
-                "kv_tokens": int(pool[1].replace(",", "")) if pool else None,
+                "tensor_parallel": spread.tensor,
+                "data_parallel": spread.data,
+                **kv_report(running.log.read_text(errors="replace")),
                 "provenance": self.provenance,
             },
         )
@@ -273,6 +269,19 @@ def _short(result: dict[str, Any]) -> str:
     figures = result["figures"]
     rate, ttft = figures["output_tokens_per_s"]["value"], figures["ttft_s"]["p50"]
     return f"{result['status']}, {rate:,.1f} output tok/s, median TTFT {ttft:.3f} s"
+
+
+def _keep_options(options: Options, out: Path) -> None:
+    """Note what the folder's results are of; refuse those of another benchmark."""
+    stored = out / "options.json"
+    if stored.exists():
+        try:
+            same = Options.model_validate_json(stored.read_text()) == options
+        except ValidationError:
+            same = False
+        if not same:
+            raise AttnEditError("--out", out, "it holds another benchmark: give a new folder")
+    stored.write_text(json.dumps(options.model_dump(mode="json"), indent=1))
 
 
 def _names(option: str, wanted: list[str] | None, known: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ _COUNTERS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One reading; counts are the server's totals."""
+    """One reading; counts are totals over the server's engines, ``kv_usage`` is their mean."""
 
     time_s: float
     running: float = 0
@@ -46,10 +46,14 @@ def read_sample(client: httpx.Client) -> Sample:
     """
     text = client.get("/metrics").raise_for_status().text
     values: dict[str, float] = {}
+    engines = 0
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if name := _COUNTERS.get(sample.name):
                 values[name] = values.get(name, 0) + sample.value
+                engines += name == "kv_usage"
+    if engines:
+        values["kv_usage"] /= engines  # a share: data-parallel engines have equal pools
     return Sample(time.monotonic(), **values)
 
 
@@ -85,12 +89,14 @@ def use_of_memory(samples: list[Sample], start_s: float, end_s: float) -> dict[s
     if not inside:
         return {"samples": []}
     first, last = inside[0], inside[-1]
+    fullest = max(inside, key=lambda s: s.kv_usage)
     queries = last.prefix_queries - first.prefix_queries
     return {
         "peak_running": max(s.running for s in inside),
         "mean_running": sum(s.running for s in inside) / len(inside),
         "peak_waiting": max(s.waiting for s in inside),
-        "peak_kv_usage": max(s.kv_usage for s in inside),
+        "peak_kv_usage": fullest.kv_usage,
+        "running_at_peak_kv_usage": fullest.running,
         "mean_kv_usage": sum(s.kv_usage for s in inside) / len(inside),
         "preemptions": last.preemptions - first.preemptions,
         "prefix_hit_rate": (last.prefix_hits - first.prefix_hits) / queries if queries else None,

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.serving.options import Server, System
+from benchmarks.serving.spread import OPTIONS, spread_of
 from examples.quickstart.processes import errors_or_end, process_group
 from vllm_attnedit.errors import AttnEditError
 
@@ -63,17 +64,22 @@ class Running:
         return self.process.poll() is None
 
 
-def check_system(system: System) -> None:
+def check_arguments(system: System, server: Server) -> None:
     """Refuse arguments that would make one system's server unlike the others'.
 
     Raises:
         AttnEditError: naming the argument.
     """
-    for argument in system.arguments:
-        name = argument.split("=")[0]
-        if name in _EQUAL:
-            fix = "set it under server, where it holds for all systems"
-            raise AttnEditError(f"systems.{system.name}.arguments", argument, fix)
+    own = f"systems.{system.name}.arguments"
+    for field, arguments in ((own, system.arguments), ("server.arguments", server.arguments)):
+        for argument in arguments:
+            name = argument.split("=")[0]
+            if field == own and name in _EQUAL:
+                fix = "set it under server, where it holds for all systems"
+                raise AttnEditError(field, argument, fix)
+            if name in OPTIONS:
+                fix = "set server.devices, and tensor_parallel of a system that is to be copied"
+                raise AttnEditError(field, argument, fix)
 
 
 def command_of(system: System, server: Server, model: Path, name: str, port: int) -> list[str]:
@@ -90,6 +96,7 @@ def command_of(system: System, server: Server, model: Path, name: str, port: int
     command.append(caching)
     if server.enforce_eager:
         command.append("--enforce-eager")
+    command += spread_of(system, server).arguments()
     options: dict[str, str] = {}
     if system.window_backend != "auto":
         options["attnedit_window_backend"] = system.window_backend

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import TEACHERS, write_model
-from benchmarks.serving.options import Options, System
+from benchmarks.models import TEACHERS, write_model, write_tokenizer
+from benchmarks.serving.options import Options, Server, System
+from benchmarks.serving.spread import spread_of
 from examples.quickstart.teacher import CACHE, fetch_teacher
-from vllm_attnedit.checkpoint import read_json
+from vllm_attnedit.accounting import check_tp
+from vllm_attnedit.checkpoint import load_config, read_json
 from vllm_attnedit.errors import AttnEditError
 
 SMALL = "smollm2"
@@ -47,29 +49,26 @@ def is_dummy(options: Options) -> bool:
     return isinstance(options.model, str) and options.model in TEACHERS
 
 
+def check_spread(folder: Path, system: System, server: Server) -> None:
+    """Refuse a split that the model's heads do not allow, before a server is started for it.
+
+    Raises:
+        AttnEditError: naming the system's field.
+    """
+    tensor = spread_of(system, server).tensor
+    if tensor == 1:
+        return
+    try:
+        check_tp(load_config(folder), tensor)
+    except AttnEditError as error:
+        field = f"systems.{system.name}.tensor_parallel"
+        raise AttnEditError(field, tensor, error.fix) from error
+
+
 def describe(folder: Path, name: str, max_model_len: int) -> dict[str, Any]:
     """What the load generator must know of a model."""
     config = read_json(folder / "config.json")
     return {"name": name, "vocab_size": config["vocab_size"], "max_model_len": max_model_len}
-
-
-def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A tokenizer of as many words as there are ids, where none comes with the dimensions.
-
-    Servers detokenize with it, as they would with a real one, and ``vllm bench`` counts with it.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"t{i}": i for i in range(vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="t0", eos_token="t1", pad_token="t1"
-    )
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    fast.save_pretrained(folder)
 
 
 def _edit_small(system: System, window: int, out: Path) -> Path:

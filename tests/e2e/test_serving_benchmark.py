@@ -6,20 +6,23 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from benchmarks.models import write_tokenizer
 from benchmarks.serving.options import load_options
 from benchmarks.serving.report import write_report
 from benchmarks.serving.run import Benchmark
-from benchmarks.serving.systems import write_tokenizer
+from tests.unit.tiny import tiny_edit
+from tests.unit.tiny_edited import tiny_edited
 from vllm_attnedit.accounting import kv_bytes_per_request
 from vllm_attnedit.checkpoint import load_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "name": "small",
     "model": "smollm2-135m",
     "systems": [{"name": "gateswa", "edit": "gateswa"}],
@@ -60,6 +63,50 @@ def test_benchmark_of_a_real_server(tmp_path: Path) -> None:
         load_config(folder), 360, block_size=16
     )
     assert memory["reported_concurrency"] > 10
+
+
+@pytest.mark.timeout(900)
+def test_split_and_copied_on_processes(tmp_path: Path) -> None:
+    """A model split over two processes and one with a copy on each; KV memory is the formula's."""
+    sizes = {"vocab_size": 4096, "head_dim": 32}
+    model = {}
+    for name, edit in (("gateswa", tiny_edit()), ("mla-copies", tiny_edit("mla"))):
+        folder = tmp_path / name
+        tiny_edited("qwen3", edit, **sizes).save_pretrained(folder)
+        write_tokenizer(folder, 4096)
+        model[name] = str(folder)
+    server: dict[str, Any] = dict(CONFIG["server"])
+    server |= {"devices": 2, "dtype": "float32", "arguments": ["--block-size", "16"]}
+    server["environment"] = server["environment"] | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    config = {
+        **CONFIG,
+        "model": model,
+        "systems": [
+            {"name": "gateswa", "edit": "gateswa"},
+            {"name": "mla-copies", "edit": "mla", "tensor_parallel": 1},
+        ],
+        "server": server,
+        "workloads": [{"name": "talk", "levels": [4], "prompt_tokens": 160, "output_tokens": 350}],
+        "measure": {**CONFIG["measure"], "goal_s": 6, "client_late_s": 30.0},
+        "repeat_control": False,
+    }
+    (tmp_path / "several.yaml").write_text(yaml.safe_dump(config))
+    benchmark = Benchmark(load_options(tmp_path / "several.yaml"), tmp_path / "out")
+    benchmark.run()
+    write_report(benchmark)
+    report = json.loads((benchmark.out / "report.json").read_text())
+    statuses = {level["status"] for level in report["levels"]}
+    assert statuses <= {"ok", "not steady"}, report["levels"]
+    split, copied = report["memory"]
+    assert (split["spread"], copied["spread"]) == ("TP2", "DP2")
+    assert split["peak_running"] == copied["peak_running"] == 4
+    for row in (split, copied):
+        # The fullest reading is of requests on their way to their full length.
+        assert 0.25 < row["used_bytes_per_request"] / row["formula_bytes_per_request"] <= 1.001
+    reported = copied["reported_bytes_per_request"] / copied["formula_bytes_of_reported"]
+    assert reported == pytest.approx(1, abs=1e-3)
+    elements = 512 * 4 * (64 + 16)  # all latents of four layers, on each device
+    assert copied["formula_bytes_of_reported"] == 4 * elements
 
 
 def test_two_clients_agree(tmp_path: Path) -> None:

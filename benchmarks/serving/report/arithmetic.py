@@ -9,6 +9,10 @@ scheduling and sampling cost beyond the hardware's limit.
                            2 x P x W x heads x (key width + value width) in a window
     decode   = steps x (weight bytes + running x KV bytes at the mean length) / peak bandwidth
     steps    = requests x output tokens / requests running at once
+
+Several devices share the multiply-adds. Tensor parallelism splits weights and KV heads over a
+copy's devices, latents it does not; copies share the running requests out, and of a mixture of
+experts the experts too. What devices say to each other is not in the bound.
 """
 
 from __future__ import annotations
@@ -84,8 +88,32 @@ def attention_operations(config: Any, tokens: int) -> float:
     return total
 
 
+def weight_bytes(config: Any, *, active: bool, tensor: int, data: int) -> float:
+    """Bytes of 16-bit weights that a decode step reads on each device, the output head's included.
+
+    Args:
+        config: of the served model.
+        active: as in :func:`parameters`.
+        tensor: devices of a copy.
+        data: copies.
+    """
+    attention = sum(attention_parameters(config, layer.layer_type) for layer in kv_layers(config))
+    mlp = parameters(config, active=active) - attention
+    group = tensor * data if getattr(config, "num_experts", None) else tensor
+    head = config.hidden_size * config.vocab_size
+    return 2 * ((attention + head) / tensor + mlp / group)
+
+
 def bound(
-    config: Any, device: Device, *, requests: int, prompt: int, output: int, running: float
+    config: Any,
+    device: Device,
+    *,
+    requests: int,
+    prompt: int,
+    output: int,
+    running: float,
+    tensor: int = 1,
+    data: int = 1,
 ) -> dict[str, float]:
     """Seconds that a burst takes at least.
 
@@ -93,17 +121,18 @@ def bound(
         config: of the served model.
         requests: in the burst.
         prompt, output: tokens of each.
-        running: at once, as measured.
+        running: at once, as measured, on all devices.
+        tensor: devices of a copy.
+        data: copies.
 
     Returns:
         ``prefill_s``, ``decode_s``, their sum ``total_s``, and ``step_s`` of one decode step.
     """
     per_prompt = 2 * parameters(config, active=True) * prompt + attention_operations(config, prompt)
-    prefill = requests * per_prompt / device.operations
-    head = config.hidden_size * config.vocab_size
+    prefill = requests * per_prompt / (device.operations * tensor * data)
     # With many tokens a step, all experts are read.
-    weights = 2 * (parameters(config, active=running < 2) + head)
-    cache = running * kv_bytes_per_request(config, prompt + output // 2)
+    weights = weight_bytes(config, active=running < 2, tensor=tensor, data=data)
+    cache = running / data * kv_bytes_per_request(config, prompt + output // 2, tp=tensor)
     step = (weights + cache) / device.bandwidth
     decode = step * requests * output / running
     return {

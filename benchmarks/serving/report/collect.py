@@ -2,7 +2,7 @@
 
 Besides ``provenance`` and ``rows``, which every committed result has, it holds ``levels`` (each
 with its figures, ratios to the control at the same workload and level, and samples), ``drift`` of
-the control between its two passes, ``memory`` and what is needed to repeat the run.
+the control between its two passes, ``memory``, ``sharding`` and what is needed to repeat the run.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.serving.report.arithmetic import bound, device_of
+from benchmarks.serving.report.memory import level_memory, sharding
 from benchmarks.serving.run import passes
+from benchmarks.serving.spread import spread_of
 from benchmarks.serving.stats import ratio
-from vllm_attnedit.accounting import kv_bytes_per_request, kv_bytes_per_token
 from vllm_attnedit.checkpoint import load_config
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def collect(benchmark: Benchmark) -> dict[str, Any]:
         for level in levels
         if level["system"] == control and level["pass"] == 1
     }
+    spreads = {one.name: spread_of(one, options.server).label for one in options.systems}
     for level in levels:
+        level["spread"] = spreads[level["system"]]
         level["ratios"] = _ratios(level, first.get((level["workload"], level["level"])))
     servers = {
         path.stem: json.loads(path.read_text())
@@ -66,9 +69,8 @@ def collect(benchmark: Benchmark) -> dict[str, Any]:
         "servers": servers,
         "drift": _drift(levels, first, control),
         "crosscheck": json.loads(check.read_text()) if check.exists() else None,
-        "memory": [
-            _memory(level, servers, options.workloads) for level in levels if "figures" in level
-        ],
+        "memory": [level_memory(level, servers, options) for level in levels if "figures" in level],
+        "sharding": sharding(servers, options),
         "levels": levels,
         "profiles": [
             json.loads(path.read_text())
@@ -117,33 +119,6 @@ def _drift(
     return {"rows": rows, "worst": max(rates, default=None)}
 
 
-def _memory(
-    level: dict[str, Any], servers: dict[str, dict[str, Any]], workloads: Any
-) -> dict[str, Any]:
-    """KV memory three ways: by formula, as the server reported at its start, and as it was used."""
-    server = servers.get(level["system"], {})
-    figures, used = level["figures"], level["server"]
-    length = figures["prompt_tokens"] + figures["output_tokens"]
-    row: dict[str, Any] = {
-        "system": level["system"],
-        "pass": level["pass"],
-        "workload": level["workload"],
-        "level": level["level"],
-        "length": length,
-        "reported_concurrency": server.get("reported_concurrency"),
-        "reported_length": server.get("reported_length"),
-        **{k: used.get(k) for k in ("peak_running", "peak_kv_usage", "preemptions")},
-        "prefix_hit_rate": used.get("prefix_hit_rate"),
-        "formula_bytes_per_request": None,
-        "formula_bytes_per_token": None,
-    }
-    if server and length and Path(server["model"]).is_dir():
-        config = load_config(server["model"])
-        row["formula_bytes_per_request"] = kv_bytes_per_request(config, length, block_size=16)
-        row["formula_bytes_per_token"] = kv_bytes_per_token(config)
-    return row
-
-
 def arithmetic_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Bursts against what they must take at least, where the device's peaks are known."""
     device = device_of(report["provenance"]["machine"])
@@ -164,6 +139,8 @@ def arithmetic_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
             prompt=figures["prompt_tokens"],
             output=figures["output_tokens"],
             running=min(running, figures["requests"]),
+            tensor=server.get("tensor_parallel", 1),
+            data=server.get("data_parallel", 1),
         )
         rows.append(
             {
@@ -187,8 +164,9 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
         if workload["path"] is not None:
             lengths = workload["kind"]
         again = " again" if level["pass"] > 1 else ""
+        spread = f" {level['spread']}" if level["spread"] else ""
         case = (
-            f"serving {_model(options)} {level['system']}{again} {workload['load']} "
+            f"serving {_model(options)} {level['system']}{spread}{again} {workload['load']} "
             f"C{level['level']:g} {lengths} {level['workload']}"
         )
         if "figures" not in level:
@@ -223,6 +201,32 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
             {"case": case, "metric": "goodput", "value": good["requests_per_s"], "unit": "req/s",
              "share": good["share"], **shared}
         )  # fmt: skip
+    for row in report["sharding"]:
+        rows.append(
+            {
+                "case": f"serving {_model(options)} {row['system']} {row['spread']} KV by formula",
+                "metric": "kv_bytes_per_token_and_device",
+                "value": row["bytes_per_token"],
+                "unit": "B",
+                "control": "the same model on one device",
+                "ratio": row["share"],
+                "bytes_per_request_on_all_devices": row["bytes_per_request_total"],
+                "length": row["length"],
+            }
+        )
+    for row in report["memory"]:
+        if row["spread"] and row["used_bytes_per_request"] and row["formula_bytes_per_request"]:
+            rows.append(
+                {
+                    "case": f"serving {_model(options)} {row['system']} {row['spread']} "
+                    f"C{row['level']:g} {row['workload']}",
+                    "metric": "kv_bytes_per_running_request_and_device",
+                    "value": row["used_bytes_per_request"],
+                    "unit": "B",
+                    "control": "the formula at the full length",
+                    "ratio": row["used_bytes_per_request"] / row["formula_bytes_per_request"],
+                }
+            )
     return rows
 
 

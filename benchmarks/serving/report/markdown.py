@@ -25,8 +25,11 @@ def to_markdown(report: dict[str, Any], figures: dict[str, str]) -> str:
         "## Two clients",
         _crosscheck(report["crosscheck"]),
         "## KV memory",
-        "By formula, as the server reported when it started, and as it was used while it ran.",
+        "By formula, as the server reported when it started, and as it was used while it ran. A "
+        "reported request has the server's full length, and with windows room for a prompt that is "
+        "being read; a running one had rarely reached its own.",
         _memory(report),
+        *sharding_section(report),
         *arithmetic_section(report),
         *profile_section(report["profiles"]),
         "## The load generator's own cost",
@@ -42,8 +45,10 @@ def to_markdown(report: dict[str, Any], figures: dict[str, str]) -> str:
 def _origin(report: dict[str, Any]) -> str:
     origin = report["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    devices = report["options"]["server"]["devices"]
+    each = f"; {devices} devices for every system" if devices > 1 else ""
     return (
-        f"{origin['machine']}; {versions}; commit {origin['commit']}; {origin['date']}; "
+        f"{origin['machine']}{each}; {versions}; commit {origin['commit']}; {origin['date']}; "
         f"`{origin['command']}`"
     )
 
@@ -70,11 +75,10 @@ _HEADER = (
 
 def _result_row(level: dict[str, Any]) -> list[str]:
     figures, ratios, server = level["figures"], level["ratios"], level["server"]
-    name = level["system"] + (" (again)" if level["pass"] > 1 else "")
     good = figures["goodput"]
     return [
         f"{level['level']:g}",
-        name,
+        _name(level),
         _number(figures["output_tokens_per_s"]["value"], 1),
         _ratio(ratios.get("output_tokens_per_s")),
         _number(figures["ttft_s"]["p50"], 3),
@@ -144,12 +148,15 @@ def _memory(report: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['workload']} at {row['level']:g}",
-            row["system"] + (" (again)" if row["pass"] > 1 else ""),
+            _name(row),
             f"{row['length']:,}",
             _bytes(row["formula_bytes_per_request"]),
+            _bytes(row["used_bytes_per_request"]),
             "–"
             if row["reported_concurrency"] is None
             else f"{row['reported_concurrency']:g} of {row['reported_length']:,} tokens",
+            f"{_bytes(row['reported_bytes_per_request'])} / "
+            f"{_bytes(row['formula_bytes_of_reported'])}",
             _number(row["peak_running"], 0),
             "–" if row["peak_kv_usage"] is None else f"{row['peak_kv_usage']:.1%}",
             _number(row["preemptions"], 0),
@@ -158,10 +165,42 @@ def _memory(report: dict[str, Any]) -> str:
         for row in report["memory"]
     ]
     header = (
-        "level", "system", "tokens a request", "formula, a request and GPU", "reported concurrency",
-        "running at once", "KV in use", "preemptions", "prefix hits",
+        "level", "system", "tokens a request", "formula, a request and GPU",
+        "used by a running one", "reported concurrency",
+        "reported / formula, such a request and GPU", "running at once", "KV in use",
+        "preemptions", "prefix hits",
     )  # fmt: skip
     return _table(header, rows)
+
+
+def sharding_section(report: dict[str, Any]) -> list[str]:
+    """What several devices hold of a cached token; nothing for a single one."""
+    rows = [
+        [
+            row["system"],
+            row["spread"],
+            f"{row['bytes_per_token_on_one']:,}",
+            f"{row['bytes_per_token']:,}",
+            f"{row['share']:.0%}",
+            _bytes(row["bytes_per_request"]),
+            _bytes(row["bytes_per_request_total"]),
+            "–" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        ]
+        for row in report["sharding"]
+    ]
+    if not rows:
+        return []
+    length = report["options"]["server"]["max_model_len"]
+    header = (
+        "system", "spread", "bytes a token on one GPU", "here, on each", "share",
+        f"a request of {length:,} tokens, on each", "on all together", "ratio",
+    )  # fmt: skip
+    text = (
+        "By formula (`attnedit kv --tp`), bytes a token in the long-context limit. Tensor "
+        "parallelism splits KV heads; latents have none, and every GPU of a copy holds all of "
+        f"them. Of a copied model a request lies on one copy. Ratios are to `{report['control']}`."
+    )
+    return ["### On several GPUs", text, _table(header, rows)]
 
 
 def arithmetic_section(report: dict[str, Any]) -> list[str]:
@@ -169,7 +208,7 @@ def arithmetic_section(report: dict[str, Any]) -> list[str]:
     rows = [
         [
             f"{row['workload']} at {row['level']:g}",
-            row["system"] + (" (again)" if row["pass"] > 1 else ""),
+            _name(row),
             _number(row["prefill_s"], 1),
             _number(row["decode_s"], 1),
             _number(row["total_s"], 1),
@@ -237,6 +276,12 @@ def _commands(report: dict[str, Any]) -> list[str]:
         variables = " ".join(f"{k}={shlex.quote(v)}" for k, v in server["environment"].items())
         lines.append(f"`{name}`:\n\n```bash\n{variables} {shlex.join(server['command'])}\n```")
     return lines
+
+
+def _name(row: dict[str, Any]) -> str:
+    """Of a system, with how it is spread over several devices, and its pass."""
+    spread = f" {row['spread']}" if row.get("spread") else ""
+    return row["system"] + spread + (" (again)" if row["pass"] > 1 else "")
 
 
 def _describe(workload: dict[str, Any]) -> str:

@@ -15,8 +15,9 @@ def to_page(report: dict[str, Any]) -> str:
     data = {
         key: report[key]
         for key in ("name", "control", "complete", "missing", "provenance", "drift", "levels",
-                    "crosscheck")
+                    "crosscheck", "memory")
     }  # fmt: skip
+    data["devices"] = report["options"]["server"]["devices"]
     data["workloads"] = [workload["name"] for workload in report["options"]["workloads"]]
     # In a script element only "</" and "<!--" could end the data early.
     text = json.dumps(data).replace("<", "\\u003c")

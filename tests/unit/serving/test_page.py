@@ -63,11 +63,15 @@ def report() -> dict[str, Any]:
                        "date": "2026-01-01"},
         "drift": {"rows": [], "worst": 0.012},
         "crosscheck": None,
-        "options": {"workloads": [{"name": "chat"}, {"name": "long"}]},
+        "options": {"workloads": [{"name": "chat"}, {"name": "long"}], "server": {"devices": 4}},
+        "memory": [
+            {"system": "ours", "pass": 1, "workload": "chat", "level": 1,
+             "formula_bytes_per_request": 3 << 19, "used_bytes_per_request": 5 << 18},
+        ],
         "levels": [
             level("teacher", 1, 100.0),
             level("teacher", 8, 300.0),
-            level("ours", 1, 110.0),
+            level("ours", 1, 110.0, spread="TP2xDP2"),
             failed,
         ],
     }  # fmt: skip
@@ -115,6 +119,8 @@ def test_page_is_drawn(browser: str, tmp_path: Path) -> None:
     assert [line["data-system"] for line in lines] == ["teacher", "ours"]
     assert sum(tag == "circle" for tag, _ in seen.tags) == 3
     assert {"300.0", "110.0", "3.00", "25.0%", "out of memory"} <= set(seen.cells)
+    assert {"ours TP2xDP2", "1.5", "1.3"} <= set(seen.cells)
+    assert any("4 devices for every system" in cell for cell in seen.cells)
     assert sum(tag == "tr" for tag, _ in seen.tags) == 5
     assert not any(tag == "b" for tag, _ in seen.tags)  # a log's text is text
     options = [attributes["value"] for tag, attributes in seen.tags if tag == "option"]

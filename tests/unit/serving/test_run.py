@@ -18,7 +18,7 @@ import yaml
 from benchmarks.serving.options import Options, load_options
 from benchmarks.serving.report import collect, write_report
 from benchmarks.serving.run import Benchmark, passes
-from benchmarks.serving.server import check_system, command_of, environment_of
+from benchmarks.serving.server import check_arguments, command_of, environment_of
 from vllm_attnedit.errors import AttnEditError
 
 ROOT = Path(__file__).parents[3]
@@ -293,7 +293,7 @@ def test_a_setting_of_one_side_only_is_refused(config: dict[str, Any]) -> None:
     config["systems"][1] = {**SYSTEMS[1], "arguments": ["--gpu-memory-utilization=0.95"]}
     options = Options.model_validate(config)
     with pytest.raises(AttnEditError, match="holds for all systems"):
-        check_system(options.systems[1])
+        check_arguments(options.systems[1], options.server)
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
