@@ -11,6 +11,7 @@ from training.models import load_tokenizer, unpack_student
 from training.progress import say
 from training.repack import repack
 from training.runs import train
+from vllm_attnedit.errors import AttnEditError
 
 
 def tokenize(config: Config) -> None:
@@ -33,6 +34,9 @@ def stage2(config: Config) -> None:
 
 def export_newest(config: Config) -> None:
     """Write the model of a run that has not finished, or that was carried here."""
+    if config.checkpoint.export == "none":
+        fix = "set it to checkpoint, edit or both to export something"
+        raise AttnEditError("checkpoint.export", "none", fix)
     config.student = unpack_student(config.teacher, config.student, Path(config.output))
     for path in export(config, newest_checkpoint(config)):
         say(f"wrote {path}")

@@ -154,9 +154,9 @@ class CheckpointConfig:
     resume: str = option(
         "auto: from the newest in <output>; never; or the folder of a checkpoint", "auto"
     )
-    export: Literal["checkpoint", "edit", "both"] = option(
+    export: Literal["checkpoint", "edit", "both", "none"] = option(
         "what a finished run writes: <output>/model (for vllm serve), <output>/edit.safetensors "
-        "(the edited tensors alone), or both",
+        "(the edited tensors alone), both, or none: its checkpoint is all there is",
         "checkpoint",
     )
 

@@ -86,6 +86,8 @@ def export(config: Config, checkpoint: Path) -> list[Path]:
         AttnEditError: if the student lacks a trained tensor, or the disk cannot take it.
     """
     kind, output = config.checkpoint.export, Path(config.output)
+    if kind == "none":
+        return []
     model, edit = output / MODEL_FOLDER, output / EDIT_FILE
     write_model(config, checkpoint, model)
     if kind == "checkpoint":
@@ -108,7 +110,7 @@ def check_export(config: Config, stage: str) -> None:
     if (
         stage == "stage2"
         and config.stage2.trainable == "all"
-        and config.checkpoint.export != "checkpoint"
+        and config.checkpoint.export in ("edit", "both")
     ):
         fix = "set it to checkpoint: an edit alone holds attention, and stage2.trainable is all"
         raise AttnEditError("checkpoint.export", config.checkpoint.export, fix)

@@ -117,7 +117,10 @@ class Loop:
                     if stopped and step < steps:
                         break
                     if due and step < steps:
+                        began = time.monotonic()
                         self._save(step)
+                        if progress is not None:
+                            progress.skip(time.monotonic() - began)
             path = self._save(step)
         finally:
             if progress is not None:

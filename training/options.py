@@ -55,9 +55,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ) from error
     if not isinstance(data, dict):
         raise AttnEditError("CONFIG", path, "give a YAML file with keys such as teacher and output")
+    apply_overrides(data, overrides)
+    return config_from_dict(data)
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set ``--key value`` pairs in nested plain values. Raises as :func:`load_config`."""
     for key, text in _pairs(overrides):
         _set(data, key, _scalar(text))
-    return config_from_dict(data)
 
 
 def config_from_dict(data: dict[str, Any]) -> Config:

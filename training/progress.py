@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 from training.files import write_json
@@ -63,7 +64,8 @@ class Progress:
     ) -> None:
         self._steps, self._step_tokens, self._every, self._peak = steps, step_tokens, every, peak
         self._say, self._first, self._last_step = say, first, first
-        self._last_time = self._began = time.monotonic()
+        self._last_time = self._began = self._step_began = time.monotonic()
+        self._step_seconds: list[float] = []
         self._flops = 0.0
         self._folder = folder
         self._total = {"tokens": 0.0, "seconds": 0.0, "flops": 0.0}
@@ -93,9 +95,12 @@ class Progress:
         self._file.write(json.dumps({"step": step, "tokens": tokens, **row}) + "\n")
         self._file.flush()
         self._flops += flops
+        now = time.monotonic()
+        if step > self._first + 1:  # the first step's time is the compiler's
+            self._step_seconds.append(now - self._step_began)
+        self._step_began = now
         if not self.due(step):
             return
-        now = time.monotonic()
         seconds = max(now - self._last_time, 1e-9)
         self.tokens_per_second = (step - self._last_step) * self._step_tokens / seconds
         speed = f"{_short(self.tokens_per_second)} tok/s"
@@ -126,14 +131,24 @@ class Progress:
                 self._board.add_scalar(name, value, step)
         self._last_step, self._last_time, self._flops = step, now, 0.0
 
+    def skip(self, seconds: float) -> None:
+        """Leave out the time that something else took, such as saving: it is no step's."""
+        self._last_time += seconds
+        self._step_began += seconds
+
     def close(self) -> None:
         """Close files, and note how fast this part of the run was."""
         self._file.close()
         if self._total["seconds"]:
             rate = self._total["tokens"] / self._total["seconds"]
-            speed = {**self._total, "tokens_per_second": rate, "peak_flops": self._peak}
+            speed: dict[str, Any] = {**self._total, "tokens_per_second": rate}
+            speed["peak_flops"] = self._peak
             if self._peak:
                 speed["mfu"] = self._total["flops"] / self._total["seconds"] / self._peak
+            if len(self._step_seconds) > 1:
+                low, median, high = quantiles(self._step_seconds, n=4)
+                speed["step_seconds"] = {"median": median, "p25": low, "p75": high}
+                speed["steps"] = len(self._step_seconds)
             write_json(self._folder / SPEED, speed)
         if self._board is not None:
             self._board.close()

@@ -8,12 +8,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit.training.small import make_pair, small_config
 from training.checkpoint import find_checkpoints
+from training.commands import export_newest
 from training.export import export
 from training.parts import PartsReader
 from training.runs import train
 from vllm_attnedit.config import AttnEditConfig
 from vllm_attnedit.edit import apply_edit
 from vllm_attnedit.edit.store import SafetensorsStore
+from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.tensors import expected_tensors
 
 IDS = torch.arange(5, 45)[None]
@@ -70,6 +72,15 @@ def test_an_edit_alone_gives_back_the_model(tmp_path, pair, text):
     assert train(config, "stage2").finished
     assert (tmp_path / "next" / "edit.safetensors").is_file()
     assert not (tmp_path / "next" / "model").exists()
+
+
+def test_a_run_may_leave_its_checkpoint_alone(tmp_path, pair, text):
+    config = small_config(tmp_path / "run", *pair, text, checkpoint={"export": "none"})
+    assert train(config, "stage1").finished
+    assert find_checkpoints(tmp_path / "run" / "checkpoints")
+    assert not (tmp_path / "run" / "model").exists()
+    with pytest.raises(AttnEditError, match=r"checkpoint\.export"):
+        export_newest(config)
 
 
 def test_a_newer_export_takes_the_place_of_an_older_one(tmp_path, pair, text):

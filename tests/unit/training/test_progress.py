@@ -34,6 +34,9 @@ def test_lines_and_speed(tmp_path, monkeypatch):
     for step in range(1, 7):
         clock.now += 30.0 if step == 1 else 2.0  # the first step compiles
         report.report(step, {"loss": 1.5, "lr": 1e-3, "kl": 1.25}, flops=1e12)
+        if step == 3:  # a checkpoint, between two lines
+            clock.now += 100.0
+            report.skip(100.0)
     report.close()
     assert len(lines) == 4  # the first step, then every second one
     last = lines[-1]
@@ -44,4 +47,6 @@ def test_lines_and_speed(tmp_path, monkeypatch):
     speed = json.loads((tmp_path / "speed.json").read_text())
     assert speed["tokens_per_second"] == pytest.approx(5e5)
     assert speed["mfu"] == pytest.approx(0.5)
+    assert speed["step_seconds"] == pytest.approx({"median": 2.0, "p25": 2.0, "p75": 2.0})
+    assert speed["steps"] == 5
     assert [row["tokens"] for row in read_metrics(tmp_path)] == [1_000_000 * i for i in range(1, 7)]
