@@ -8,9 +8,8 @@ The steps, all from the layer's own weights and the second moment of its inputs:
    end, so that it is the identity on average and acts on what differs from token to token.
 2. RoPE is split into one shared rotated key and unrotated rest (``rope_split``).
 3. The rest of the keys and the values of all KV heads are factorised together at ``kv_lora_rank``
-   (``lowrank``), errors measured where they matter: of keys by the queries that look at them, of
-   values by what ``o_proj`` makes of them (as CARE and SVD-LLM weigh errors), both parts scaled to
-   the same energy before and back after.
+   (``lowrank``), errors measured where they matter (``error_metrics``, as CARE and SVD-LLM weigh
+   errors), both parts scaled to the same energy before and back after.
 4. The teacher's 1/sqrt(D) becomes the layer's 1/sqrt(C + P) by a factor on the queries.
 
 Exact where it can be: with one KV head, P = D, full rank and no QK-norm nothing is approximated but
@@ -29,9 +28,15 @@ import torch
 from torch import Tensor
 
 from vllm_attnedit.config import AttnEditConfig
+from vllm_attnedit.edit.error_metrics import (
+    MeasuredRows,
+    fit_width,
+    output_metric,
+    query_metric,
+)
 from vllm_attnedit.edit.gateswa import output_and_gate
 from vllm_attnedit.edit.layout import Shape, attention_prefix
-from vllm_attnedit.edit.lowrank import Factors, SecondMoment, factorise, weighting
+from vllm_attnedit.edit.lowrank import Factors, SecondMoment, factorise
 from vllm_attnedit.edit.rope_split import mean_turn, nearest_pairs, split_rope
 from vllm_attnedit.edit.statistics import InputStatistics
 from vllm_attnedit.edit.store import TensorStore, load_finite
@@ -111,11 +116,11 @@ class LatentInitialiser:
             chosen=self._chosen,
             turn=mean_turn(self._frequencies, inputs.distances, heads),
         )
-        metric = _query_metric(split.q_nope, groups, inputs.query)
+        metric = query_metric(split.q_nope, groups, inputs.query)
         output = load_finite(self._store, f"{prefix}o_proj.weight").double()
         blocks = (
-            _Block(split.k_nope, metric, inputs.key),
-            _Block(value, _output_metric(output, heads, groups), inputs.key),
+            MeasuredRows(split.k_nope, metric, inputs.key),
+            MeasuredRows(value, output_metric(output, heads, groups), inputs.key),
         )
         factors = factorise(torch.cat([b.rows for b in blocks]), inputs.key, edit.kv_lora_rank)
         k_expand, v_expand = (
@@ -128,7 +133,7 @@ class LatentInitialiser:
             _kept(value, value, v_expand, factors, inputs.key),
         )
 
-        q_nope, k_expand = _fit_width(
+        q_nope, k_expand = fit_width(
             split.q_nope, k_expand, edit.qk_nope_head_dim, metric, factors, inputs.key
         )
         gain = (edit.qk_head_dim / config.head_dim) ** 0.5
@@ -182,39 +187,6 @@ class LatentInitialiser:
         return {f"{name}.weight": rows[:, :-1], f"{name}.bias": rows[:, -1]}
 
 
-class _Block:
-    """Keys or values of all KV heads, measured under each head's metric, scaled to energy 1."""
-
-    def __init__(self, rows: Tensor, metric: Tensor, moment: SecondMoment) -> None:
-        self._groups, self._width, _ = rows.shape  # (G, D, I)
-        roots = [weighting(m) for m in metric]
-        self._inverse = torch.stack([inverse for _, inverse in roots])
-        measured = torch.stack([root for root, _ in roots]) @ rows
-        energy = moment.energy(measured)
-        # One KV head at full RoPE width leaves no keys to the latent, but rounding errors.
-        negligible = moment.energy(rows) < 1e-20
-        self._scale = 0.0 if negligible else energy**-0.5
-        self.rows = (measured * self._scale).flatten(0, 1)
-
-    def restore(self, expand: Tensor) -> Tensor:
-        """(G, D, R) in the teacher's own units, from (G * D, R)."""
-        if not self._scale:
-            return torch.zeros(self._groups, self._width, expand.shape[1], dtype=expand.dtype)
-        return self._inverse @ expand.view(self._groups, self._width, -1) / self._scale
-
-
-def _query_metric(q_nope: Tensor, groups: int, moment: SecondMoment) -> Tensor:
-    """(G, D, D): mean square score that a key error causes in the heads that share it."""
-    gram = q_nope @ moment.matrix @ q_nope.mT  # (H, D, D)
-    return gram.unflatten(0, (groups, -1)).sum(1)
-
-
-def _output_metric(output: Tensor, heads: int, groups: int) -> Tensor:
-    """(G, D, D): squared output error that a value error causes; ``output`` is (E, H * D)."""
-    per_head = output.unflatten(1, (heads, -1)).permute(1, 0, 2)  # (H, E, D)
-    return (per_head.mT @ per_head).unflatten(0, (groups, -1)).sum(1)
-
-
 def _kept(
     whole: Tensor, part: Tensor, expand: Tensor, factors: Factors, moment: SecondMoment
 ) -> float:
@@ -228,29 +200,3 @@ def _constant_norm(rows: Tensor, moment: SecondMoment) -> Tensor:
     heads, width, _ = rows.shape
     mean_square = moment.energy(rows) / (heads * width)
     return torch.full((width,), max(mean_square, 1e-30) ** 0.5, dtype=torch.float64)
-
-
-def _fit_width(
-    q_nope: Tensor,
-    k_expand: Tensor,
-    width: int,
-    metric: Tensor,
-    factors: Factors,
-    moment: SecondMoment,
-) -> tuple[Tensor, Tensor]:
-    """Queries (H, D, I) and key expansion (G, D, R) at another width C: padded, or the C directions
-    of each KV head that carry most of its scores."""
-    head_dim = q_nope.shape[1]
-    if width >= head_dim:
-        pad = (0, 0, 0, width - head_dim)
-        return torch.nn.functional.pad(q_nope, pad), torch.nn.functional.pad(k_expand, pad)
-    reduced = factors.reduce
-    latent = reduced @ moment.matrix @ reduced.T
-    queries, keys = [], []
-    by_group = q_nope.unflatten(0, (len(k_expand), -1))
-    for rows, expand, gram in zip(by_group, k_expand, metric):
-        root, inverse = weighting(gram)
-        vectors = torch.linalg.eigh(root @ expand @ latent @ expand.T @ root)[1][:, -width:]
-        keys.append(vectors.T @ root @ expand)
-        queries.append(vectors.T @ inverse @ rows)
-    return torch.cat(queries), torch.stack(keys)
