@@ -18,7 +18,7 @@ from prometheus_client import Gauge
 from vllm_attnedit.kv_server import WINDOW_BLOCKS
 
 if TYPE_CHECKING:
-    from vllm_attnedit.kv_cache.manager import GateSWAManager
+    from vllm_attnedit.kv_cache.release import ReleasingWindowManager
 
 PERIOD_S = 1.0
 
@@ -37,7 +37,7 @@ def _gauge() -> Gauge:
 class BlockGauge:
     """Counts one manager's blocks, seldom enough to cost nothing."""
 
-    def __init__(self, manager: GateSWAManager) -> None:
+    def __init__(self, manager: ReleasingWindowManager) -> None:
         spec = manager.kv_cache_spec
         self.manager = manager
         self.due = 0.0
@@ -54,7 +54,7 @@ class BlockGauge:
             self.child.set(count_blocks(self.manager))
 
 
-def count_blocks(manager: GateSWAManager) -> int:
+def count_blocks(manager: ReleasingWindowManager) -> int:
     """Blocks that requests hold here; one that several share counts once, as in vLLM's usage."""
     return len(
         {
@@ -66,6 +66,6 @@ def count_blocks(manager: GateSWAManager) -> int:
     )
 
 
-def block_gauge(manager: GateSWAManager) -> BlockGauge | None:
+def block_gauge(manager: ReleasingWindowManager) -> BlockGauge | None:
     """The manager's gauge, or ``None`` where no other process could read it."""
     return BlockGauge(manager) if os.environ.get("PROMETHEUS_MULTIPROC_DIR") else None

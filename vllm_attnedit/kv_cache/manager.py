@@ -13,7 +13,7 @@ backend (``gateswa_*`` in :mod:`vllm_attnedit.backends`) keeps its side of both:
 * A write to the null block is skipped.
 
 Reading before writing has a price: a block that this step writes cannot serve a hit of this step.
-So blocks get their hash when the next step starts.
+So blocks get their hash when the next step starts (:mod:`vllm_attnedit.kv_cache.release`).
 
 A chunk is a step of more than ``1 + num_speculative_tokens`` tokens. Smaller steps are decodes:
 they write first, then read pages, and their blocks are kept as vLLM keeps them.
@@ -27,44 +27,28 @@ from typing import Any
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
-from vllm.v1.request import Request
 
-from vllm_attnedit.kv_cache.gauge import block_gauge
-from vllm_attnedit.kv_cache.retention import RetainedTails, branch_points
+from vllm_attnedit.kv_cache.release import ReleasingWindowManager
+from vllm_attnedit.kv_cache.retention import branch_points
 
 _PLENTY = 4
 """Memory is plentiful while more than one block in this many is free."""
 
 
-class GateSWAManager(SlidingWindowManager):
+class GateSWAManager(ReleasingWindowManager):
     """One window group's blocks. Per request it keeps vLLM's ``req_to_blocks`` list, null where the
-    window has passed, and two marks: how far that list is known to be null, and whether the worker
-    already knows the request's blocks."""
+    window has passed, and whether the worker already knows the request's blocks."""
 
     def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.num_speculative_tokens: int = kv_cache_spec.num_speculative_tokens
-        self.null_below: dict[str, int] = {}
         self.computed_tokens: dict[str, int] = {}
         self.known_to_worker: set[str] = set()
-        self.written: dict[str, tuple[Request, int, int | None]] = {}
-        self.to_hash: dict[str, None] = {}  # keys of ``written``, in order
-        self.tails = RetainedTails(self.sliding_window, self.block_size, self.scheduler_block_size)
-        self.gauge = block_gauge(self)
 
     # The chunk, and what of it is stored
 
     def _is_chunk(self, computed_tokens: int, num_tokens_main_model: int) -> bool:
         return num_tokens_main_model - computed_tokens > 1 + self.num_speculative_tokens
-
-    def _first_needed_block(self, num_tokens: int) -> int:
-        """The first block that the request itself may still read once ``num_tokens`` tokens are
-        computed: the next query sees ``W - 1`` tokens back, also if the step's drafts are rejected.
-        """
-        tokens = max(0, num_tokens - self.num_speculative_tokens)
-        return self.get_num_skipped_tokens(tokens) // self.block_size
 
     def _plenty(self) -> bool:
         """Whether memory is plentiful. While a step is scheduled it can only cease to be."""
@@ -207,68 +191,8 @@ class GateSWAManager(SlidingWindowManager):
         self.tails.scheduled(request_id, computed, num_tokens_main_model)
         return added
 
-    def cache_blocks(
-        self, request: Request, num_tokens: int, retention_interval: int | None = None
-    ) -> None:
-        """Have the step's full blocks hashed once it is over; keep the prompt's tail."""
-        self.tails.prompt(request.request_id, request.num_prompt_tokens)
-        self.written[request.request_id] = (request, num_tokens, retention_interval)
-        self.to_hash[request.request_id] = None
-
-    def new_step_starts(self) -> None:
-        """Hash what the last step wrote."""
-        for request_id in self.to_hash:
-            super().cache_blocks(*self.written[request_id])
-        self.to_hash.clear()
-        if self.gauge is not None:
-            self.gauge.update()
-
-    def remove_skipped_blocks(self, request_id: str, total_computed_tokens: int) -> None:
-        """Return what left the window. vLLM stops at the first null block; here null blocks and
-        real ones alternate, so it would leak."""
-        if self.enable_caching:
-            tokens = max(0, total_computed_tokens - self.num_speculative_tokens)
-            self.block_pool.evict_blocks(self.tails.advance(request_id, tokens))
-        self._release(request_id, self._first_needed_block(total_computed_tokens))
-
-    def _release(self, request_id: str, end: int) -> None:
-        """Return the real blocks before index ``end``.
-
-        Those that can serve a later hit keep their hash and are reused last; the others lose it
-        and are reused first.
-        """
-        blocks = self.req_to_blocks.get(request_id)
-        if not blocks:
-            return
-        start, end = self.null_below.get(request_id, 0), min(end, len(blocks))
-        cached: list[KVCacheBlock] = []
-        scratch: list[KVCacheBlock] = []
-        for i in range(end - 1, start - 1, -1):
-            block = blocks[i]
-            if block.is_null:
-                continue
-            if not self.tails.keeps(request_id, i, block) and block.ref_cnt == 1:
-                self.block_pool.evict_blocks({block.block_id})
-            (scratch if block.block_hash is None else cached).append(block)
-            blocks[i] = self._null_block
-        self.null_below[request_id] = max(start, end)
-        self.block_pool.free_blocks(cached)
-        self.block_pool.free_blocks(scratch, prepend=True)
-
     def free(self, request_id: str) -> None:
-        """Return everything. A finished request's last tail stays cached for the next turn; a
-        preempted one may not have written it."""
-        written = self.written.pop(request_id, None)
-        if written is not None and written[0].is_finished():
-            if request_id in self.to_hash:
-                super().cache_blocks(*written)
-            held = self.req_to_blocks.get(request_id, [])
-            self.block_pool.evict_blocks(self.tails.finish(request_id, written[1], held))
+        """Return everything, and forget the request."""
         super().free(request_id)
-        self.to_hash.pop(request_id, None)
-        self.null_below.pop(request_id, None)
         self.computed_tokens.pop(request_id, None)
         self.known_to_worker.discard(request_id)
-        self.tails.forget(request_id)
-        if self.gauge is not None:
-            self.gauge.update()
