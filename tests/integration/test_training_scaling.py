@@ -1,0 +1,50 @@
+"""The comparison of one device with several, whole: four runs, two of them of two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.training.small import make_pair, write_text
+from tests.unit.training.test_cli import write_config
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parents[2]
+
+
+def test_one_and_two_processes(tmp_path: Path) -> None:
+    """Losses agree, and a checkpoint of either is carried on by the other."""
+    material = *make_pair(tmp_path), write_text(tmp_path / "text.txt")
+    config = write_config(tmp_path / "small.yaml", tmp_path / "unused", *material)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "benchmarks", "training-scaling", "--config", str(config)]
+    command += ["--devices", "2", "--steps", "8", "--tail", "3", "--out", str(out)]
+    command += ["--optim.micro_batch", "1", "--stage2.lr", "1e-3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary == {"complete": True, "rows": 5, "result": str(out / "result.json")}
+    rows = json.loads((out / "result.json").read_text())["rows"]
+    assert [row["unit"] for row in rows] == ["tok/s", "tok/s", "nat", "nat", "nat"]
+    assert rows[1]["case"] == "training small stage2 B4 L64 fp32 x2"
+    for row, steps in zip(rows[2:], (8, 3, 3), strict=True):
+        assert row["steps"] == steps
+        assert row["value"] < 1e-4
+        assert row["within"]
+        assert row["first_loss"] > 0.01
+    log = next((out / "logs").glob("one-to-several-*.log")).read_text()
+    assert "2 x cpu" in log
+    assert "step-00000005: 5 of 8 steps are done" in log
+    again = subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False
+    )
+    assert again.returncode == 0
+    assert len(list((out / "logs").iterdir())) == 4  # nothing was run again
