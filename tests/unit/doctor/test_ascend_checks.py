@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_cli_doctor import FakeHost, torch_with
+from tests.unit.doctor.fake_host import FakeHost, torch_with
 from vllm_attnedit.doctor import ASCEND_CHECKS, ProbeError
 from vllm_attnedit.doctor.checks import check_transformers
 from vllm_attnedit.doctor.probes import ascend
