@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from tests.unit.tiny import tiny_teacher
 from training.config import Config
@@ -40,6 +41,11 @@ def write_chats(path: Path, count: int = 30, seed: int = 0) -> Path:
         rows.append(json.dumps({"messages": turns}))
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
+
+
+def ids_of(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random tokens of the tiny tokenizer, ``(rows, length)``."""
+    return torch.randint(5, 250, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def make_pair(
