@@ -34,7 +34,7 @@ from vllm_ascend.attention.attention_v1 import (
 from vllm_ascend.attention.utils import AscendCommonAttentionMetadata
 
 from vllm_attnedit.backends.ascend_limits import check_window_attention
-from vllm_attnedit.backends.steps import decode_query_len
+from vllm_attnedit.backends.steps import chunk_requests, decode_query_len
 from vllm_attnedit.kv_cache.spec import GateSWASpec
 from vllm_attnedit.ops.sigmoid_gate import sigmoid_gate
 
@@ -78,24 +78,21 @@ def lay_out(
         sliding_window: keys a token sees, its own included.
         block_size: B.
     """
+    requests = chunk_requests(query_ends, seq_lens, sliding_window)
+    tails = sum(request.computed - request.tail for request in requests)
     owners: list[Tensor] = []
     positions: list[Tensor] = []
     order: list[Tensor] = []
     ends: list[int] = []
-    tails = sum(
-        min(sliding_window - 1, max(0, length - (end - begin)))
-        for begin, end, length in zip((0, *query_ends), query_ends, seq_lens)
-    )
-    begin = tail_begin = 0
-    for request, (end, length) in enumerate(zip(query_ends, seq_lens, strict=True)):
-        computed = max(0, length - (end - begin))
-        position = torch.arange(max(0, computed - sliding_window + 1), computed)
-        owners.append(torch.full_like(position, request))
+    tail_begin = 0
+    for index, (begin, end, tail, computed) in enumerate(requests):
+        position = torch.arange(tail, computed)
+        owners.append(torch.full_like(position, index))
         positions.append(position)
         tail_end = tail_begin + len(position)
         order += [torch.arange(tail_begin, tail_end), tails + torch.arange(begin, end)]
         ends.append(tail_end + end)
-        begin, tail_begin = end, tail_end
+        tail_begin = tail_end
     device = block_table.device
     owner, position = (torch.cat(x).to(device) for x in (owners, positions))
     rows = block_table[owner, position // block_size].long() * block_size + position % block_size

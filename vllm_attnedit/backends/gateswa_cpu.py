@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_attnedit.backends.steps import decode_query_len
+from vllm_attnedit.backends.steps import chunk_requests, decode_query_len
 from vllm_attnedit.ops.sigmoid_gate import sigmoid_gate
 
 
@@ -79,24 +79,25 @@ class GateSWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return GateSWACPUMetadata(pages, self._scratch(common))
 
     def _scratch(self, common: CommonAttentionMetadata) -> Scratch:
-        size, window = self.page_size, self.window_size
-        starts = common.query_start_loc_cpu.tolist()
+        size = self.page_size
+        requests = chunk_requests(
+            common.query_start_loc_cpu[1:].tolist(), common.seq_lens.tolist(), self.window_size
+        )
         source: list[Tensor] = []
         target: list[Tensor] = []
         tables: list[Tensor] = []
         slots = torch.full_like(common.slot_mapping, -1)
         lengths: list[int] = []
         used = 0
-        for request, length in enumerate(common.seq_lens.tolist()):
-            begin, end = starts[request], starts[request + 1]
-            computed = length - (end - begin)
-            first = max(0, computed - window + 1) // size  # the tail's first block
+        for index, (begin, end, tail, computed) in enumerate(requests):
+            first = tail // size  # the tail's first block
             behind = -(-computed // size)  # after its last one
-            kept = length - first * size  # tokens the scratch pages stand for
+            held = computed - first * size  # cached tokens in these blocks
+            kept = held + end - begin  # tokens the scratch pages stand for
             blocks = torch.arange(used, used - (-kept // size), dtype=torch.int32)
-            source.append(common.block_table_tensor[request, first:behind])
+            source.append(common.block_table_tensor[index, first:behind])
             target.append(blocks[: behind - first])
-            position = torch.arange(computed - first * size, kept)
+            position = torch.arange(held, kept)
             slots[begin:end] = blocks[position // size].long() * size + position % size
             tables.append(blocks)
             lengths.append(kept)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
 from vllm.config import VllmConfig
 
 
@@ -12,3 +16,38 @@ def decode_query_len(vllm_config: VllmConfig) -> int:
     """
     speculative = vllm_config.speculative_config
     return 1 + (speculative.num_speculative_tokens if speculative is not None else 0)
+
+
+class ChunkRequest(NamedTuple):
+    """One request of a step with any chunk, and what of its past the step reads.
+
+    Attributes:
+        begin: its first new token, among the step's.
+        end: after its last one.
+        tail: the first position of its cached tail, the keys that its first new token may see.
+        computed: after the last one: tokens it had before the step.
+    """
+
+    begin: int
+    end: int
+    tail: int
+    computed: int
+
+
+def chunk_requests(
+    query_ends: Sequence[int], seq_lens: Sequence[int], sliding_window: int
+) -> list[ChunkRequest]:
+    """The requests of a step, in its order.
+
+    Args:
+        query_ends: new tokens up to each request's end.
+        seq_lens: tokens a request, the new ones included. A padding request may have more new
+            tokens than that; it has no past.
+        sliding_window: keys a token sees, its own included.
+    """
+    requests = []
+    for (begin, end), length in zip(pairwise((0, *query_ends)), seq_lens, strict=True):
+        computed = max(0, length - (end - begin))
+        tail = max(0, computed - sliding_window + 1)
+        requests.append(ChunkRequest(begin, end, tail, computed))
+    return requests
