@@ -44,7 +44,9 @@ def make_config(
     else:
         # The text's length is an option like any other, but the text comes before the rest.
         data: dict[str, Any] = {"teacher": "", "output": "", "data": {"sequence_length": 2048}}
-        data["optim"] = {"micro_batch": MICRO_BATCH, "batch": MICRO_BATCH * devices}
+        # Gentler than on real weights: rounding must not be amplified by steps that overshoot.
+        data["optim"] = {"micro_batch": MICRO_BATCH, "batch": MICRO_BATCH * devices, "warmup": 0.1}
+        data["stage2"] = {"lr": 1e-4}
         data["run"] = {"deterministic": False}
         apply_overrides(data, overrides)
         asked = config_from_dict(data)

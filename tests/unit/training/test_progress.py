@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
+from tests.unit.training.small import small_config
 from training import progress
+from training.loop import Loop
 from training.progress import Progress, read_metrics
+from training.runs import train
+
+
+def test_saving_is_no_steps_time(tmp_path, pair, text, monkeypatch):
+    """Checkpoints after steps 2 and 4 that take half a second each."""
+    save = Loop._save
+
+    def slow(self, step):
+        time.sleep(0.5)
+        return save(self, step)
+
+    monkeypatch.setattr(Loop, "_save", slow)
+    train(small_config(tmp_path / "run", *pair, text), "stage2")
+    speed = json.loads((tmp_path / "run" / "speed.json").read_text())
+    assert speed["steps"] == 5
+    assert speed["step_seconds"]["p75"] < 0.4
+    assert speed["seconds"] < 0.9
 
 
 class Clock:
