@@ -63,13 +63,14 @@ def markdown(
     keys = list(dict.fromkeys((row["what"], row["metric"]) for row in rows))
     by_key = {(row["what"], row["metric"], row["variant"]): row for row in rows}
     for what, metric in keys:
-        cells = [_cell(by_key.get((what, metric, name))) for name in names]
+        cells = [cell(by_key.get((what, metric, name))) for name in names]
         lines.append(f"| {what} | {metric} | " + " | ".join(cells) + " |")
     lines += ["", *(f"![{plot}]({plot})" for plot in plots)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _cell(row: dict[str, Any] | None) -> str:
+def cell(row: dict[str, Any] | None) -> str:
+    """A row's value with half of its interval, and its difference from the teacher."""
     if row is None:
         return ""
     scale, digits = (100, 2) if row["unit"] == "share" else (1, 3)

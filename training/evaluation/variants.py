@@ -87,6 +87,16 @@ def window_edit(layers: int, full: tuple[int, ...], window: int) -> AttentionEdi
     return AttentionEdit(layer_types=types, sliding_window=window if SLIDING in types else None)
 
 
+def load_with_sinks(
+    teacher: str, edit: AttentionEdit, sinks: int, dtype: torch.dtype
+) -> AttnEditForCausalLM:
+    """A teacher whose window layers also see the first ``sinks`` tokens; 0 for plain windows."""
+    AttentionInterface.register(SINKS, sink_attention)
+    model = load_teacher(teacher, dtype=dtype, attention=SINKS, edit=edit)
+    model.config.sinks = sinks
+    return model
+
+
 def make_variants(config: Config, device: torch.device, dtype: torch.dtype) -> list[Variant]:
     """The teacher first, then the checkpoints, then the baselines that were asked for.
 
@@ -141,15 +151,12 @@ def _baseline(config: Config, kind: str, device: torch.device, dtype: torch.dtyp
         layers = opened.config.num_hidden_layers
     if kind == "sinks":
         sinks = config.evaluate.sinks
+        words = f"windows sinks{sinks} W{window} untrained"
 
         def load_sinks() -> AttnEditForCausalLM:
-            AttentionInterface.register(SINKS, sink_attention)
             edit = window_edit(layers, full, window)
-            model = load_teacher(config.teacher, dtype=dtype, attention=SINKS, edit=edit)
-            model.config.sinks = sinks
-            return model.to(device)
+            return load_with_sinks(config.teacher, edit, sinks, dtype).to(device)
 
-        words = f"windows sinks{sinks} W{window} untrained"
         return Variant(kind, words, load_sinks, {"full_layers": list(full), "sinks": sinks})
     chosen = choose_full_layers(config, count=len(full), window=window)
 
