@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ports import free_port
 from benchmarks.serving.options import Goal, Measure, Workload
 from benchmarks.serving.records import CUT, ClientCost, Record, read_records
 from benchmarks.serving.scraping import Scraper, use_of_memory
@@ -100,6 +101,9 @@ def _attempt(
     if workload.load != "closed" and any(record.error == CUT for record in records):
         reason = f"not finished within {measure.limit_s:g} s"
         return result | {"status": "failed", "reason": reason}
+    if workload.load == "burst" and 0 < len(records) < level:
+        reason = f"the load generator sent {len(records)} of {level:g} requests"
+        return result | {"status": "failed", "reason": reason}
     if not any(record.whole for record in records):
         errors = sorted({r.error for r in records if r.failed}) or [_end_of(log)]
         return result | {"status": "failed", "reason": "; ".join(errors[:3])}
@@ -130,7 +134,10 @@ def locust_command(
     command += ["--only-summary", "--csv", str(folder / "locust")]
     command += ["--html", str(folder / "locust.html"), "--stop-timeout", "0"]
     if processes > 1:
-        command += ["--processes", str(processes)]
+        # A port of its own: the processes of another benchmark on this machine would join in.
+        port = str(free_port())
+        command += ["--processes", str(processes), "--master-bind-port", port]
+        command += ["--master-port", port]
     options = {
         "model-name": model["name"],
         "vocab-size": model["vocab_size"],

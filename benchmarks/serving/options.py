@@ -30,7 +30,7 @@ class System(_Options):
         name: in tables; the first system is the control.
         edit: ``full`` is the teacher in stock vLLM.
         window_backend: ``stock`` serves window layers by vLLM's own attention, gate outside.
-        window_pages: ``packed`` or ``separate`` pages of window layers.
+        window_pages: ``packed`` or ``separate`` pages of window layers; ``auto`` is the default.
         gate: of window layers; a dimension of the edit, so ``full`` has none.
         tensor_parallel: devices that one copy of the model is split over, all of ``server.devices``
             by default. With fewer, as many copies as fill them share the requests out.
@@ -40,7 +40,7 @@ class System(_Options):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
     edit: Literal["full", "gateswa", "mla"]
     window_backend: Literal["auto", "stock"] = "auto"
-    window_pages: Literal["separate", "packed"] = "separate"
+    window_pages: Literal["auto", "separate", "packed"] = "auto"
     gate: Literal["headwise", "elementwise", "none"] | None = None
     tensor_parallel: Positive | None = None
     arguments: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 
+from benchmarks.ports import free_port
 from benchmarks.serving.options import Server, System
 from benchmarks.serving.spread import OPTIONS, spread_of
 from examples.quickstart.processes import errors_or_end, process_group
@@ -100,7 +101,7 @@ def command_of(system: System, server: Server, model: Path, name: str, port: int
     options: dict[str, str] = {}
     if system.window_backend != "auto":
         options["attnedit_window_backend"] = system.window_backend
-    if system.window_pages != "separate":
+    if system.window_pages != "auto":
         options["attnedit_window_pages"] = system.window_pages
     if options:
         pairs = ", ".join(f'"{key}": "{value}"' for key, value in options.items())
@@ -126,7 +127,7 @@ def serving(system: System, server: Server, model: Path, name: str, log: Path) -
         AttnEditError: if the port is taken.
         ServerFailed: if it ends or is not up in time.
     """
-    port = server.port or _free_port()
+    port = server.port or free_port()
     _require_free(port)
     command = command_of(system, server, model, name, port)
     base_url = f"http://127.0.0.1:{port}"
@@ -147,13 +148,6 @@ def _require_free(port: int) -> None:
         except OSError as error:
             fix = f"end what listens there or give another port ({error.strerror})"
             raise AttnEditError("server.port", port, fix) from error
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _healthy(base_url: str) -> bool:

@@ -9,13 +9,16 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from benchmarks.serving import levels
 from benchmarks.serving.options import Options, load_options
+from benchmarks.serving.records import read_records
 from benchmarks.serving.report import collect, write_report
 from benchmarks.serving.run import Benchmark, passes
 from benchmarks.serving.server import check_arguments, command_of, environment_of
@@ -179,6 +182,40 @@ def test_two_client_processes(config: dict[str, Any], tmp_path: Path) -> None:
     assert one["figures"]["requests"] == 1
     rate = chat["figures"]["output_tokens_per_s"]["value"]
     assert rate == pytest.approx(4 * 21 / 0.25, rel=0.4)
+
+
+def test_two_benchmarks_at_once_do_not_mix(config: dict[str, Any], tmp_path: Path) -> None:
+    """Each has several client processes, which find their own master and no other's."""
+    config["measure"]["client_processes"] = 2
+    config["workloads"][0]["levels"] = [6]
+    benchmarks = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        options = config | {"repeat_control": False}
+        benchmarks.append(benchmark_of(options, tmp_path / name, systems=["ours"]))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(Benchmark.run, benchmarks))
+    for benchmark in benchmarks:
+        (level,) = levels_of(benchmark)
+        assert level["status"] == "ok", level["reason"]
+        assert level["figures"]["requests"] == 6
+        assert level["client"]["processes"] == 2
+
+
+def test_a_burst_of_which_requests_are_missing_gives_no_figure(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def some_records(paths: list[Path]) -> Any:
+        records, costs = read_records(paths)
+        return records[1:], costs
+
+    monkeypatch.setattr(levels, "read_records", some_records)
+    benchmark = benchmark_of(config | {"repeat_control": False}, tmp_path, systems=["ours"])
+    benchmark.run()
+    (level,) = levels_of(benchmark)
+    assert level["status"] == "failed"
+    assert level["reason"] == "the load generator sent 3 of 4 requests"
+    assert "figures" not in level
 
 
 def test_a_port_that_is_taken_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
