@@ -4,11 +4,14 @@ A block belongs to one *group* of layers. From vLLM's ``/metrics`` come the bloc
 groups and the number of running requests. The split over groups is *measured* where the engine
 exports this project's gauge; else it is *derived*: a running request holds between one block and
 ``ceil((W - 1) / B) + 2`` blocks in each window group, those that have left its first window at
-least ``ceil((W - 1) / B)``, and no more than it holds in a full group. Figures are then intervals.
+least ``ceil((W - 1) / B)``, and no more tokens than in a full group. Figures are then intervals.
+Whether window layers share pages the gauge says, or the bytes of a block where the pool's size is
+known; else it is taken to be as servers on CUDA do by default.
 
 The report is JSON-ready, and its fields are stable (new ones may be added). Every figure that can
 be an interval is ``[low, high]``, equal if it is exact::
 
+    pages            of window layers: "packed", "separate", or null if there are none
     split            "measured", "derived" or "one kind" (all blocks hold the same kind of layers)
     tp, kv_dtype     as assumed for bytes, which are those of one GPU
     running, waiting, preemptions
@@ -30,12 +33,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_attnedit.accounting import KV_DTYPE_BYTES, LayerKV, check_tp, group_size, kv_layers
+from vllm_attnedit.accounting import (
+    KV_DTYPE_BYTES,
+    LayerKV,
+    check_tp,
+    group_size,
+    kv_layers,
+    pack_size,
+)
 from vllm_attnedit.config import AttnEditConfig
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.kv_server import ServerState
 
 Interval = tuple[float, float]
+
+PAGES = ("auto", "packed", "separate")
 
 
 @dataclass(frozen=True)
@@ -48,16 +60,23 @@ class Layout:
         groups: number of groups of each of the two.
         block_size: tokens of a block of each of the two.
         block_bytes: of any block, on one GPU.
+        pack: window layers in a page.
     """
 
     layers: tuple[int, int]
     groups: tuple[int, int]
     block_size: tuple[int, int]
     block_bytes: int
+    pack: int = 1
 
 
 def build_live_report(
-    config: AttnEditConfig, state: ServerState, *, tp: int = 1, kv_dtype: str = "auto"
+    config: AttnEditConfig,
+    state: ServerState,
+    *,
+    tp: int = 1,
+    kv_dtype: str = "auto",
+    pages: str = "auto",
 ) -> dict[str, Any]:
     """Split the blocks in use over the kinds of layers; see the module for the result.
 
@@ -66,6 +85,7 @@ def build_live_report(
         state: what its ``/metrics`` say.
         tp: tensor-parallel GPUs of the server.
         kv_dtype: a key of ``KV_DTYPE_BYTES``; ``auto`` follows the server's fp8 setting.
+        pages: ``packed`` or ``separate`` pages of window layers, or ``auto``: see the module.
 
     Raises:
         AttnEditError: for arguments that do not fit the model, or layers of kinds whose blocks
@@ -75,6 +95,8 @@ def build_live_report(
         kv_dtype = "fp8"
     if kv_dtype not in KV_DTYPE_BYTES:
         raise AttnEditError("kv_dtype", kv_dtype, f"use one of {', '.join(KV_DTYPE_BYTES)}")
+    if pages not in PAGES:
+        raise AttnEditError("pages", pages, f"use one of {', '.join(PAGES)}")
     check_tp(config, tp)
     layers = kv_layers(config)
     growing = [layer for layer in layers if layer.window is None]
@@ -82,7 +104,7 @@ def build_live_report(
     if len({layer.layer_type for layer in growing}) > 1:
         fix = "their blocks cannot be told apart; read vllm:kv_cache_usage_perc"
         raise AttnEditError("layer_types", "full_attention, latent_attention", fix)
-    layout = _layout(growing, windows, state, tp, KV_DTYPE_BYTES[kv_dtype])
+    layout = _layout(config, growing, windows, state, tp, KV_DTYPE_BYTES[kv_dtype], pages)
     split, window_blocks = _window_blocks(windows, state, layout)
     in_windows = _sorted(blocks * layout.groups[1] for blocks in window_blocks)
     in_growing = _sorted(state.blocks_in_use - blocks for blocks in in_windows)
@@ -104,6 +126,7 @@ def build_live_report(
     in_use = state.blocks_in_use * layout.block_bytes
     formula = sum(group["formula_bytes"] for group in groups)
     return {
+        "pages": ("packed" if layout.pack > 1 else "separate") if windows else None,
         "split": split,
         "tp": tp,
         "kv_dtype": kv_dtype,
@@ -123,19 +146,32 @@ def build_live_report(
 
 
 def _layout(
-    growing: list[LayerKV], windows: list[LayerKV], state: ServerState, tp: int, width: int
+    config: AttnEditConfig,
+    growing: list[LayerKV],
+    windows: list[LayerKV],
+    state: ServerState,
+    tp: int,
+    width: int,
+    pages: str,
 ) -> Layout:
     counts = (len(growing), len(windows))
     block = state.block_size
     a_layer = (growing or windows)[0].bytes_per_token(width, tp) * block
-    if windows and state.window_groups:
-        heads = max(1, (windows[0].heads or 1) // tp)
-        pack = state.window_groups[0].heads // heads
-        if pack > 1:
-            return Layout(counts, (1, 1), (block * pack, block), a_layer * pack * counts[0])
     size = group_size([count for count in counts if count])
     groups = (-(-counts[0] // size), -(-counts[1] // size))
-    return Layout(counts, groups, (block, block), a_layer * size)
+    separate = Layout(counts, groups, (block, block), a_layer * size)
+    pack = pack_size(config.edit.layer_types, 1) if windows else "there are no window layers"
+    if isinstance(pack, str):
+        return separate
+    packed = Layout(counts, (1, 1), (block * pack, block), a_layer * pack * counts[0], pack)
+    if state.window_groups:
+        heads = max(1, (windows[0].heads or 1) // tp)
+        return packed if state.window_groups[0].heads > heads else separate
+    if pages == "auto" and state.bytes_per_block is not None:
+        # A block's share of the pool, rounded up, is nearest to what it really has.
+        share = state.bytes_per_block
+        return min(separate, packed, key=lambda layout: abs(share - layout.block_bytes))
+    return separate if pages == "separate" else packed
 
 
 def _window_blocks(
@@ -153,10 +189,18 @@ def _window_blocks(
     window = windows[0].window
     assert window is not None
     span = -(-(window - 1) // state.block_size)
-    # No window group holds more than a full one: at most an equal share of all groups.
-    share = state.blocks_in_use / sum(layout.groups)
-    low = span + state.running - 1 if state.running else 0
-    return "derived", (min(low, share), min(state.running * (span + 2), share))
+    in_use, pack, (full, window_groups) = state.blocks_in_use, layout.pack, layout.groups
+    both = full + window_groups * pack
+    # No window group holds more tokens than a full one.
+    high = min(state.running * (span + 2), in_use * pack / both)
+    if not state.running:
+        return "derived", (0, high)
+    # Least where all but one request have a single block in each group: the one's window holds its
+    # span, or all its tokens, of which its last full block has one or more.
+    others = state.running - 1
+    left = in_use - others * (full + window_groups)
+    low = others + min(span, (left * pack - full * (pack - 1)) / both)
+    return "derived", (min(max(0.0, low), high), high)
 
 
 def _group(

@@ -48,6 +48,8 @@ class ServerState:
         block_size: tokens of a window block, which is the smallest.
         cache_dtype: as the server was told, ``auto`` or an fp8 format.
         window_groups: where the engine exports its gauge, else empty.
+        bytes_per_block: on one GPU, where the pool's size was given (``--kv-cache-memory-bytes``,
+            and always on a CPU), a little above the true one; else ``None``.
     """
 
     num_blocks: int
@@ -58,6 +60,7 @@ class ServerState:
     waiting: int
     preemptions: int
     window_groups: tuple[WindowGroup, ...] = ()
+    bytes_per_block: float | None = None
 
 
 def read_state(client: httpx.Client) -> ServerState:
@@ -150,7 +153,15 @@ def parse_state(text: str) -> ServerState | None:
             for sample in samples
             if sample.name == WINDOW_BLOCKS
         ),
+        bytes_per_block=_bytes_per_block(first),
     )
+
+
+def _bytes_per_block(labels: dict[str, str]) -> float | None:
+    pool = labels.get("kv_cache_memory_bytes", "None")
+    if pool == "None" or labels.get("num_gpu_blocks_override", "None") != "None":
+        return None
+    return int(pool) / int(labels["num_gpu_blocks"])
 
 
 def _samples(text: str) -> Iterator[Sample]:

@@ -27,13 +27,13 @@ from benchmarks.provenance import provenance
 
 CONTROLS = ("full", "stock")
 # case -> the case that differs from it in one thing only
-SIBLINGS = {"gateswa-packed": "gateswa", "mla-attnedit": "mla"}
+SIBLINGS = {"gateswa-separate": "gateswa", "mla-attnedit": "mla"}
 # case -> (target of the edit, --additional-config)
 CASES: dict[str, tuple[str, dict[str, str]]] = {
     "full": ("full", {}),
     "stock": ("gateswa", {"attnedit_window_backend": "stock"}),
     "gateswa": ("gateswa", {}),
-    "gateswa-packed": ("gateswa", {"attnedit_window_pages": "packed"}),
+    "gateswa-separate": ("gateswa", {"attnedit_window_pages": "separate"}),
     "mla": ("mla", {}),
     "mla-attnedit": ("mla", {"attnedit_latent_backend": "attnedit"}),
 }

@@ -105,18 +105,52 @@ def test_the_derived_interval_holds_the_truth(lengths: list[int], offset: int) -
         held.append((whole, min(whole, whole - left_behind + offset)))
     in_full, in_window = (sum(count) for count in zip(*held, strict=True)) if held else (0, 0)
     state = state_of(blocks_in_use=in_full + 5 * in_window, running=len(lengths))
-    full, windows = build_live_report(config_of(), state)["groups"]
+    full, windows = build_live_report(config_of(), state, pages="separate")["groups"]
     assert full["blocks"][0] <= in_full <= full["blocks"][1]
     assert windows["blocks"][0] <= 5 * in_window <= windows["blocks"][1]
 
 
 def test_long_requests_leave_little_doubt() -> None:
     """At 32K tokens the derived share saved is known to one part in a hundred."""
-    state = state_of(blocks_in_use=64 * (2048 + 5 * 9), running=64)
+    for pages, blocks in (("separate", 2048 + 5 * 9), ("packed", 410 + 9)):
+        state = state_of(blocks_in_use=64 * blocks, running=64)
+        report = build_live_report(config_of(), state, pages=pages)
+        low, high = report["reduction"]
+        assert low <= report["formula_reduction"] <= high
+        assert high - low < 0.01
+
+
+@given(lengths=st.lists(st.integers(1, 3000), max_size=20), offset=st.integers(0, 1))
+def test_the_derived_interval_of_packed_pages_holds_the_truth(
+    lengths: list[int], offset: int
+) -> None:
+    """A full block holds five window blocks' tokens, and there is one window group."""
+    in_full = sum(-(-tokens // 80) for tokens in lengths)
+    in_window = 0
+    for tokens in lengths:
+        whole = -(-tokens // 16)
+        in_window += min(whole, whole - max(0, tokens - 127) // 16 + offset)
+    state = state_of(blocks_in_use=in_full + in_window, running=len(lengths))
     report = build_live_report(config_of(), state)
-    low, high = report["reduction"]
-    assert low <= report["formula_reduction"] <= high
-    assert high - low < 0.01
+    full, windows = report["groups"]
+    assert report["pages"] == "packed"
+    assert full["blocks"][0] <= in_full <= full["blocks"][1]
+    assert windows["blocks"][0] <= in_window <= windows["blocks"][1]
+
+
+@pytest.mark.parametrize(("factor", "pages"), [(1.0, "separate"), (5.0, "packed")])
+def test_the_pool_tells_the_pages(factor: float, pages: str) -> None:
+    """A block of five layers' 16 tokens, or of five full layers' 80."""
+    state = state_of(bytes_per_block=1.0004 * factor * A_BLOCK / 8)
+    assert build_live_report(config_of(), state)["pages"] == pages
+    assert build_live_report(config_of(), state, pages="separate")["pages"] == "separate"
+
+
+def test_where_layers_do_not_divide_pages_are_separate() -> None:
+    report = build_live_report(config_of(num_hidden_layers=29), state_of())
+    assert report["pages"] == "separate"
+    with pytest.raises(AttnEditError, match="pages: tight: use one of auto, packed, separate"):
+        build_live_report(config_of(), state_of(), pages="tight")
 
 
 def test_packed_pages_are_told_by_their_heads() -> None:

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_attnedit import AttnEditError
+from vllm_attnedit.accounting import pack_size
 from vllm_attnedit.config import FULL, SLIDING
-from vllm_attnedit.layers.packing import PAGES_OPTION, Pack, find_pack, pack_size
+from vllm_attnedit.layers import packing
+from vllm_attnedit.layers.packing import PAGES_OPTION, Pack, find_pack
 
 
 def settings(option: str | None = "packed", stages: int = 1) -> SimpleNamespace:
@@ -59,10 +61,26 @@ def test_what_stays_unpacked(types: tuple[str, ...], stages: int, reason: str):
     assert find_pack(settings(stages=stages), types, 0) is None
 
 
-def test_off_by_default():
-    assert find_pack(settings(None), every(4, 8), 0) is None
+@pytest.mark.parametrize("option", [None, "auto"])
+def test_packed_by_default_on_cuda_alone(option: str | None, monkeypatch: pytest.MonkeyPatch):
+    assert find_pack(settings(option), every(4, 8), 0) is None
+    platform = SimpleNamespace(is_cuda=lambda: True, device_type="cuda")
+    monkeypatch.setattr(packing, "current_platform", platform)
+    assert find_pack(settings(option), every(4, 8), 0) == Pack(holder=0, slot=0, size=3)
+    assert find_pack(settings("separate"), every(4, 8), 0) is None
+
+
+def test_only_who_asked_is_told_that_layers_do_not_pack(monkeypatch: pytest.MonkeyPatch):
+    platform = SimpleNamespace(is_cuda=lambda: True, device_type="cuda")
+    monkeypatch.setattr(packing, "current_platform", platform)
+    said: list[str] = []
+    monkeypatch.setattr(packing.logger, "warning_once", lambda text, *args: said.append(text))
+    assert find_pack(settings(None), every(2, 8), 0) is None
+    assert not said
+    assert find_pack(settings("packed"), every(2, 8), 0) is None
+    assert said == ["Window pages are not packed: %s."]
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(AttnEditError, match=f"{PAGES_OPTION}: tight: use separate or packed"):
+    with pytest.raises(AttnEditError, match=f"{PAGES_OPTION}: tight: use auto, separate or packed"):
         find_pack(settings("tight"), every(4, 8), 0)

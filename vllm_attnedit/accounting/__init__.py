@@ -21,6 +21,7 @@ from vllm_attnedit.accounting.memory import (
 from vllm_attnedit.accounting.placement import (
     check_tp,
     group_size,
+    pack_size,
     padding_layers,
     stage_sizes,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "kv_bytes_per_token",
     "kv_layers",
     "kv_reduction",
+    "pack_size",
     "padding_layers",
     "requests_that_fit",
     "stage_sizes",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_attnedit.accounting.layers import kv_layers
+from vllm_attnedit.attention_edit import FULL, SLIDING
 from vllm_attnedit.errors import AttnEditError
 
 
@@ -43,6 +44,19 @@ def group_size(counts: Sequence[int]) -> int:
     """Layers of a KV cache group where there are ``counts`` of each type; see
     :func:`padding_layers`."""
     return max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+
+
+def pack_size(layer_types: Sequence[str], pp: int) -> int | str:
+    """Window layers that share a page of KV cache where pages are packed, or why none can: as many
+    as there are for each full layer."""
+    windows, fulls = layer_types.count(SLIDING), layer_types.count(FULL)
+    if pp > 1:
+        return "pages would cross pipeline stages"
+    if not fulls or windows % fulls:
+        return f"{windows} window layers do not divide over {fulls} full ones"
+    if windows == fulls:
+        return "there is one window layer for each full one"
+    return windows // fulls
 
 
 def stage_sizes(num_layers: int, pp: int) -> list[int]:

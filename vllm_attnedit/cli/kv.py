@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_attnedit.cli.kv_live import show_server
+from vllm_attnedit.cli.kv_live import Reading, show_server
 from vllm_attnedit.cli.quantities import format_bytes, parse_bytes, parse_counts
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.kv_report import build_report
@@ -33,6 +33,13 @@ def command(
     ] = None,
     watch: Annotated[
         float | None, typer.Option(help="With --server: read again every so many seconds.")
+    ] = None,
+    pages: Annotated[
+        str | None,
+        typer.Option(
+            help="With --server: its pages of window layers, packed or separate, where neither "
+            "its gauge nor the size of its pool tells them."
+        ),
     ] = None,
     teacher: Annotated[
         str | None,
@@ -72,10 +79,12 @@ def command(
     tps = parse_counts("--tp", tp or ["1"])
     with _options_named():
         if server is not None:
-            show_server(server, checkpoint, tps[0], kv_dtype, as_json=as_json, watch=watch)
+            reading = Reading(tp=tps[0], kv_dtype=kv_dtype, pages=pages or "auto")
+            show_server(server, checkpoint, reading, as_json=as_json, watch=watch)
             return
-        if watch is not None:
-            raise AttnEditError("--watch", watch, "give it with --server")
+        for name, value in (("--watch", watch), ("--pages", pages)):
+            if value is not None:
+                raise AttnEditError(name, value, "give it with --server")
         if checkpoint is None:
             raise AttnEditError("CHECKPOINT", "missing", "name one, or a server: --server URL")
         report = build_report(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import httpx
@@ -28,11 +29,19 @@ _SPLIT = {
 }
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a server does not say of itself: see :func:`build_live_report`."""
+
+    tp: int
+    kv_dtype: str
+    pages: str
+
+
 def show_server(
     url: str,
     checkpoint: str | None,
-    tp: int,
-    kv_dtype: str,
+    reading: Reading,
     *,
     as_json: bool,
     watch: float | None,
@@ -48,14 +57,14 @@ def show_server(
         read_state(client)  # a wrong address is the first thing to say
         config = _edited_config(client, checkpoint)
         if as_json:
-            for report in _readings(client, config, tp, kv_dtype, watch):
+            for report in _readings(client, config, reading, watch):
                 typer.echo(json.dumps(report, indent=2 if watch is None else None))
         elif watch is None:
-            (report,) = _readings(client, config, tp, kv_dtype, watch)
+            (report,) = _readings(client, config, reading, watch)
             Console().print(_tables(report))
         else:
             with Live(auto_refresh=False) as live:
-                for report in _readings(client, config, tp, kv_dtype, watch):
+                for report in _readings(client, config, reading, watch):
                     live.update(_tables(report), refresh=True)
 
 
@@ -77,13 +86,13 @@ def _edited_config(client: httpx.Client, checkpoint: str | None) -> AttnEditConf
 
 
 def _readings(
-    client: httpx.Client, config: AttnEditConfig, tp: int, kv_dtype: str, watch: float | None
+    client: httpx.Client, config: AttnEditConfig, reading: Reading, watch: float | None
 ) -> Iterator[dict[str, Any]]:
     while True:
         state = read_state(client)
         yield {
             "server": str(client.base_url),
-            **build_live_report(config, state, tp=tp, kv_dtype=kv_dtype),
+            **build_live_report(config, state, **asdict(reading)),
         }
         if watch is None:
             return
@@ -119,7 +128,8 @@ def _tables(report: dict[str, Any]) -> Group:
             f"[green]{_share(report['reduction'])}[/green] saved, "
             f"{report['formula_reduction']:.1%} by formula"
         )
-    lines.append(_SPLIT[report["split"]])
+    pages = f"; {report['pages']} pages of window layers" if report["pages"] else ""
+    lines.append(_SPLIT[report["split"]] + pages)
     return Group(*lines)
 
 
