@@ -34,6 +34,7 @@ from vllm_attnedit.config import AttentionEdit, AttnEditConfig
 from vllm_attnedit.layers.gated import gate_projection
 from vllm_attnedit.layers.latent_backend import latent_backend
 from vllm_attnedit.layers.latent_projection import LatentUpProjection
+from vllm_attnedit.layers.merged_inputs import merge_inputs
 from vllm_attnedit.ops.sigmoid_gate.reference import gated
 
 
@@ -133,6 +134,8 @@ class LatentAttention(nn.Module):
             prefix=f"{prefix}.o_proj",
         )
         self.g_proj = gate_projection(config, prefix)
+        query = self.q_a_proj if self.has_q_lora else self.q_proj
+        self.inputs = merge_inputs(vllm_config, [query, self.kv_a_proj_with_mqa, self.g_proj])
         self.rotary_emb = get_rope(
             self.qk_rope_head_dim,
             max_position=config.max_position_embeddings,
@@ -184,16 +187,13 @@ class LatentAttention(nn.Module):
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """``positions`` (T,), ``hidden_states`` (T, E), normed; returns (T, E)."""
+        query, kv_a, gate = self._project(hidden_states)
         if self.has_q_lora:
-            q_a, _ = self.q_a_proj(hidden_states)
-            query, _ = self.q_b_proj(self.q_a_layernorm(q_a))
-        else:
-            query, _ = self.q_proj(hidden_states)
+            query, _ = self.q_b_proj(self.q_a_layernorm(query.contiguous()))
         query = query.unflatten(-1, (self.num_heads, -1))
         if self.per_head_norm:
             query = self.q_norm(query.contiguous())
         q_nope, q_pe = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        kv_a, _ = self.kv_a_proj_with_mqa(hidden_states)
         latent, k_pe = kv_a.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         inverse: Tensor | None = None
         if self.per_head_norm:
@@ -206,11 +206,19 @@ class LatentAttention(nn.Module):
         q_pe, k_pe = self.rotary_emb(positions, q_pe.flatten(-2), k_pe.contiguous())
         query = torch.cat([q_nope, q_pe.unflatten(-1, (self.num_heads, -1))], dim=-1)
         output = self._attend(query, latent, k_pe, inverse)  # (T, N, V)
-        if self.g_proj is not None:
-            gate, _ = self.g_proj(hidden_states)
+        if gate is not None:
             output = gated(output, gate)
         output, _ = self.o_proj(output.flatten(-2))
         return output
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(T, E) to the query or its latent, ``[latent | k_pe]``, and the gate."""
+        if self.inputs is not None:
+            query, kv_a, *gates = self.inputs(hidden_states)
+            return query, kv_a, gates[0] if gates else None
+        query, _ = self.q_a_proj(hidden_states) if self.has_q_lora else self.q_proj(hidden_states)
+        kv_a, _ = self.kv_a_proj_with_mqa(hidden_states)
+        return query, kv_a, None if self.g_proj is None else self.g_proj(hidden_states)[0]
 
     def _inverse_rms(self, latent: Tensor, k_pe: Tensor) -> Tensor:
         """Of each head's key ``[k_nope | k_pe]`` before rotation: (T, N), float32."""
