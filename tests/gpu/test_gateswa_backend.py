@@ -44,19 +44,20 @@ def test_log_probabilities_equal_the_reference(
 
 
 PACKED = {"additional_config": {"attnedit_window_pages": "packed"}}
+SEPARATE = {"additional_config": {"attnedit_window_pages": "separate"}}
 STOCK = {"additional_config": {"attnedit_window_backend": "stock"}}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3,
          "prompt_lookup_max": 3, "prompt_lookup_min": 1}  # fmt: skip
 
 
 @pytest.mark.parametrize("runner", ["0", "1"])
-@pytest.mark.parametrize("pages", [{}, PACKED])
+@pytest.mark.parametrize("pages", [SEPARATE, PACKED])
 def test_under_pressure(
     model, pages: dict, runner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     prompts = random_prompts(LENGTHS)
-    pressure = {"num_gpu_blocks_override": 32 if pages else 72, "max_model_len": 400}
+    pressure = {"num_gpu_blocks_override": 32 if pages is PACKED else 72, "max_model_len": 400}
     with engine(tiny_edited_checkpoint(model, tmp_path), **pressure, **pages) as llm:
         outputs = generate(llm, prompts, STEPS)
         assert metric(llm, "vllm:num_preemptions") > 0
@@ -77,12 +78,13 @@ def test_drafts_change_nothing(model, tmp_path: Path):
         assert with_drafts.outputs[0].token_ids == without.outputs[0].token_ids
 
 
-def test_fp8_pages_are_as_good_as_those_of_stock(model, tmp_path: Path):
+@pytest.mark.parametrize("pages", [SEPARATE, PACKED])
+def test_fp8_pages_are_as_good_as_those_of_stock(model, pages: dict, tmp_path: Path):
     """The same rounding of keys and values; nothing but the kernels differs."""
     prompts = random_prompts(LENGTHS)
     folder = tiny_edited_checkpoint(model, tmp_path)
     gaps = {}
-    for name, options in (("ours", {}), ("stock", STOCK)):
+    for name, options in (("ours", pages), ("stock", STOCK)):
         with engine(folder, kv_cache_dtype="fp8", dtype="bfloat16", **options) as llm:
             outputs = generate(llm, prompts, STEPS)
         gaps[name] = sum(gap(model, p, o) for p, o in zip(prompts, outputs, strict=True))
