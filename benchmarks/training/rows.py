@@ -77,7 +77,7 @@ def quality_rows(plan: Plan) -> list[dict[str, Any]]:
                     table.add(variant, one)
             if part.startswith("tasks-"):
                 table.add_task_mean(variant, int(part.removeprefix("tasks-")), found)
-    _add_rivals(table.rows, [one.name for one in baselines])
+    add_rivals(table.rows, [one.name for one in baselines])
     return table.rows
 
 
@@ -85,7 +85,7 @@ def _never() -> Any:
     raise NotImplementedError("what was measured is not loaded again")
 
 
-def _add_rivals(rows: list[dict[str, Any]], baselines: list[str]) -> None:
+def add_rivals(rows: list[dict[str, Any]], baselines: list[str]) -> None:
     """Beside each value, the best that needs no training."""
     for row in rows:
         rivals = [

@@ -17,7 +17,7 @@ from benchmarks.training.measure import Job, measure, settings
 from benchmarks.training.options import load_experiment
 from benchmarks.training.packing import MANIFEST, pack, unpack
 from benchmarks.training.plan import Plan
-from benchmarks.training.rows import quality_rows, training_rows
+from benchmarks.training.rows import add_rivals, quality_rows, training_rows
 from benchmarks.training.stages import record
 from tests.unit.training.small import small_config
 from training.evaluation.suite import run_suite
@@ -92,6 +92,29 @@ def test_parts_of_a_run_add_up(plan):
     assert row["value"] == pytest.approx(speed["tokens"] / speed["seconds"])
     assert row["case"] == "training tiny gateswa W8 full 3 inherit stage2 B4 L64 mine"
     assert plan.tasks["mine@stage2"].done()
+
+
+def test_a_curve_goes_on_where_its_first_part_is_lost(plan):
+    part = take_part(plan, 10.0, minutes=1e-9)
+    metrics = plan.layout.stage("mine", "stage2") / "metrics.jsonl"
+    metrics.unlink()
+    whole = take_part(plan, 10.0)
+    assert json.loads(metrics.read_text().splitlines()[0])["step"] == 2
+    assert [point["tokens"] for point in whole["curve"]] == [256 * (i + 1) for i in range(STEPS)]
+    assert whole["curve"][0] == part["curve"][0]
+    assert whole["first"] == part["first"]
+
+
+@pytest.mark.parametrize(("higher", "best", "beats"), [(True, "b", False), (False, "a", True)])
+def test_the_best_rival_is_the_one_to_beat(higher, best, beats):
+    common = {"what": "w", "metric": "m", "unit": "u", "higher_is_better": higher}
+    rows = [common | {"variant": v, "value": x} for v, x in
+            (("teacher", 9), ("a", 2), ("b", 4), ("mine", 1))]  # fmt: skip
+    add_rivals(rows, ["a", "b"])
+    assert "training_free" not in rows[0] | rows[1]
+    assert rows[3]["training_free"] == best
+    assert rows[3]["ratio_to_training_free"] == 1 / rows[2 if higher else 1]["value"]
+    assert rows[3]["beats_training_free"] is beats
 
 
 def test_a_run_that_changed_is_refused(plan, tmp_path):
@@ -197,8 +220,10 @@ def test_an_mla_edit_is_packed_bit_for_bit(latent_pair, tmp_path):
     assert before.keys() == after.keys()
     assert all(after[name].equal(tensor) for name, tensor in before.items())
     pieces = sorted(packed.glob("edit.safetensors.*"))
-    pieces[1].write_bytes(pieces[1].read_bytes()[:-1] + b"\x00\x01")
-    with pytest.raises(AttnEditError, match="damaged"):
+    content = bytearray(pieces[1].read_bytes())
+    content[1000] ^= 1
+    pieces[1].write_bytes(content)
+    with pytest.raises(AttnEditError, match="its pieces are damaged"):
         unpack(str(teacher), packed, tmp_path / "damaged")
     pieces[1].unlink()
     with pytest.raises(AttnEditError, match=r"edit\.safetensors\.001"):

@@ -129,6 +129,15 @@ def test_what_was_cut_short_counts_as_longer(world):
     assert len(world.attempts("slow")) == 1
 
 
+def test_what_another_worker_has_just_done_is_not_done_again(world):
+    world.add("task")
+    (world.folder / "task").touch()
+    stale = [world.tasks, []]
+    world.missing = lambda: stale.pop(0) if stale else []
+    world.runner().run()
+    assert world.attempts("task") == []
+
+
 def test_two_workers_share_the_tasks(world):
     for name in "abcd":
         world.add(name, "import time; time.sleep(0.4);" + MARK)
