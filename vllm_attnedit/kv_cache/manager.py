@@ -104,6 +104,11 @@ class GateSWAManager(ReleasingWindowManager):
         apply_admission_cap: bool = False,
     ) -> int:
         """vLLM's count less the null blocks that :meth:`allocate_new_blocks` will put in."""
+        if request_id in self.known_to_worker and not self._is_chunk(
+            total_computed_tokens, num_tokens_main_model
+        ):  # a running request's decode
+            self.computed_tokens[request_id] = total_computed_tokens
+            return max(0, cdiv(num_tokens, self.block_size) - len(self.req_to_blocks[request_id]))
         if request_id not in self.computed_tokens and self.enable_caching:
             self.tails.arrive(request_id, branch_points(self.block_pool))
         self.computed_tokens[request_id] = total_computed_tokens
@@ -171,8 +176,8 @@ class GateSWAManager(ReleasingWindowManager):
         """Blocks for the step: null where the chunk leaves the window, real from there on."""
         computed = self.computed_tokens.get(request_id, 0)
         added: list[KVCacheBlock] = []
+        blocks = self.req_to_blocks[request_id]
         if self._is_chunk(computed, num_tokens_main_model):
-            blocks = self.req_to_blocks[request_id]
             reusable = self._reusable(request_id, num_tokens_main_model)
             for retained in self._null_blocks_ahead(
                 request_id, len(blocks), num_tokens, num_tokens_main_model
@@ -186,9 +191,10 @@ class GateSWAManager(ReleasingWindowManager):
                 added.append(blocks[i])
                 blocks.append(blocks[i])
                 blocks[i] = self._null_block
-        added += super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+            self.tails.scheduled(request_id, computed, num_tokens_main_model)
+        if num_tokens > len(blocks) * self.block_size:
+            added += super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         self.known_to_worker.add(request_id)
-        self.tails.scheduled(request_id, computed, num_tokens_main_model)
         return added
 
     def free(self, request_id: str) -> None:

@@ -3,6 +3,9 @@
 A step with a chunk reads before it writes (:mod:`vllm_attnedit.kv_cache.manager` says why). So a
 block that it writes cannot serve a hit of the same step, and gets its hash when the next one
 starts.
+
+A scheduler asks every manager about every running request in every step, and of a decode's 16
+steps or so only two change anything here. The others end at a comparison.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from vllm.v1.request import Request
 from vllm_attnedit.kv_cache.gauge import block_gauge
 from vllm_attnedit.kv_cache.retention import RetainedTails
 
+_NEVER = (0, 0)
+
 
 class ReleasingWindowManager(SlidingWindowManager):
     """One window group's blocks from the end of a step on. Per request it keeps how far vLLM's
@@ -25,6 +30,8 @@ class ReleasingWindowManager(SlidingWindowManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.num_speculative_tokens: int = kv_cache_spec.num_speculative_tokens
         self.null_below: dict[str, int] = {}
+        # Per request: between which numbers of computed tokens there is nothing to return.
+        self.settled: dict[str, tuple[int, int]] = {}
         self.written: dict[str, tuple[Request, int, int | None]] = {}
         self.to_hash: dict[str, None] = {}  # keys of ``written``, in order
         self.tails = RetainedTails(self.sliding_window, self.block_size, self.scheduler_block_size)
@@ -41,9 +48,15 @@ class ReleasingWindowManager(SlidingWindowManager):
         self, request: Request, num_tokens: int, retention_interval: int | None = None
     ) -> None:
         """Have the step's full blocks hashed once it is over; keep the prompt's tail."""
-        self.tails.prompt(request.request_id, request.num_prompt_tokens)
-        self.written[request.request_id] = (request, num_tokens, retention_interval)
-        self.to_hash[request.request_id] = None
+        request_id = request.request_id
+        before = self.written.get(request_id)
+        if before is None:
+            self.tails.prompt(request_id, request.num_prompt_tokens)
+        elif before[1] == num_tokens:
+            return
+        self.written[request_id] = (request, num_tokens, retention_interval)
+        if num_tokens // self.block_size > self.num_cached_block.get(request_id, 0):
+            self.to_hash[request_id] = None
 
     def new_step_starts(self) -> None:
         """Hash what the last step wrote."""
@@ -56,10 +69,27 @@ class ReleasingWindowManager(SlidingWindowManager):
     def remove_skipped_blocks(self, request_id: str, total_computed_tokens: int) -> None:
         """Return what left the window. vLLM stops at the first null block; here null blocks and
         real ones alternate, so it would leak."""
+        low, high = self.settled.get(request_id, _NEVER)
+        if low <= total_computed_tokens < high:
+            return
+        tokens = max(0, total_computed_tokens - self.num_speculative_tokens)
         if self.enable_caching:
-            tokens = max(0, total_computed_tokens - self.num_speculative_tokens)
             self.block_pool.evict_blocks(self.tails.advance(request_id, tokens))
-        self._release(request_id, self._first_needed_block(total_computed_tokens))
+        end = self._first_needed_block(total_computed_tokens)
+        self._release(request_id, end)
+        if end <= len(self.req_to_blocks.get(request_id, ())):
+            self.settled[request_id] = self._settled_around(tokens)
+
+    def _settled_around(self, tokens: int) -> tuple[int, int]:
+        """The computed tokens, drafts included, around ``tokens`` without them, between which
+        neither a block leaves the window nor the next turn would resume elsewhere."""
+        first = self.get_num_skipped_tokens(tokens) // self.block_size
+        left = self.sliding_window - 1 + first * self.block_size if first else 0
+        leaves = self.sliding_window - 1 + (first + 1) * self.block_size
+        resumes = tokens // self.tails.alignment * self.tails.alignment
+        low, high = max(left, resumes), min(leaves, resumes + self.tails.alignment)
+        drafts = self.num_speculative_tokens
+        return (low + drafts if low else 0), high + drafts
 
     def _release(self, request_id: str, end: int) -> None:
         """Return the real blocks before index ``end``.
@@ -97,6 +127,7 @@ class ReleasingWindowManager(SlidingWindowManager):
         super().free(request_id)
         self.to_hash.pop(request_id, None)
         self.null_below.pop(request_id, None)
+        self.settled.pop(request_id, None)
         self.tails.forget(request_id)
         if self.gauge is not None:
             self.gauge.update()
