@@ -94,5 +94,10 @@ def pack_task(models: Models, run: Run, stage: str) -> Task:
         start = [sys.executable, "-m", "benchmarks.training.packing", "pack"]
         return [*start, models.teacher, model, str(out), "--parts-mb", str(limit)]
 
+    def ended(_log: Path, _seconds: float) -> None:
+        stages = list(run.stages)
+        for earlier in stages[: stages.index(stage)]:
+            shutil.rmtree(models.layout.packed(run.name, earlier), ignore_errors=True)
+
     name = task_name(run.name, stage)
-    return Task(f"{name}@pack", "pack", run.name, (name,), done, command)
+    return Task(f"{name}@pack", "pack", run.name, (name,), done, command, ended)

@@ -86,6 +86,21 @@ def test_tasks_need_what_they_start_from(tmp_path):
     assert "a@stage2" in [task.name for task in plan.missing(["b"])]
 
 
+def test_a_first_stage_stays_packed_until_the_run_is(tmp_path):
+    plan = plan_of(tmp_path, small() | {"pack": {"keep": "all"}})
+    first, last = (plan.tasks[f"a@stage{number}@pack"] for number in (1, 2))
+    folders = [plan.layout.packed("a", f"stage{number}") for number in (1, 2)]
+    for folder, task in zip(folders, (first, last)):
+        assert not task.done()
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+        assert task.done()
+        assert folders[0].is_dir()
+        task.ended(tmp_path, 1.0)
+    assert [folder.is_dir() for folder in folders] == [False, True]
+    assert first.done()
+
+
 def _change(where: list, value: object) -> dict:
     data = small()
     node: Any = data
