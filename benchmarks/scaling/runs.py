@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.ports import free_port
 from benchmarks.provenance import ROOT
 from examples.quickstart.processes import CommandFailed, run
 from training.checkpoint import STATE
@@ -116,7 +116,7 @@ class Scaling:
         if one.several:
             start = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node"]
             start += [str(self.devices), "--master-addr", "127.0.0.1"]
-            start += ["--master-port", str(_free_port()), "-m", "training"]
+            start += ["--master-port", str(free_port()), "-m", "training"]
         command = [sys.executable, *start, "stage2", str(self.out / "config.yaml")]
         command += ["--output", str(self.folder(one.name))]
         command += ["--run.sharding", "fsdp2" if one.several else "none"]
@@ -159,10 +159,3 @@ def _run_part(scaling: Scaling, one: Run, minutes: float | None) -> None:
     speed = scaling.folder(one.name) / SPEED
     if speed.is_file():
         shutil.move(speed, scaling.folder(one.name) / f"speed-{stamp}.json")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -40,6 +40,7 @@ class Fake:
     requests: int = 0
     generated: int = 0
     prompted: int = 0
+    answered: int = 0
 
     def __post_init__(self) -> None:
         self.free = asyncio.Semaphore(self.slots)
@@ -97,6 +98,7 @@ async def _stream(
     usage = {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}
     await _send(response, {"choices": [], "usage": usage})
     await response.write(b"data: [DONE]\n\n")
+    fake.answered += 1
     return response
 
 
@@ -131,6 +133,7 @@ async def metrics(request: web.Request) -> web.Response:
             f"vllm:num_preemptions_total{engine} 0",
             f"vllm:generation_tokens_total{engine} {fake.generated * first}",
             f"vllm:prompt_tokens_total{engine} {fake.prompted * first}",
+            f"vllm:request_success_total{engine} {fake.answered * first}",
         ]
     return web.Response(text="\n".join(lines) + "\n")
 

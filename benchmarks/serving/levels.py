@@ -85,7 +85,7 @@ def _attempt(
         command = [*command, "--records", str(records_folder)]
         log = folder / "locust.log"
         with process_group(command, log=log, env={"NO_PROXY": "127.0.0.1"}) as locust:
-            since = _watch(server, workload, locust, scraper, measure)
+            since = _watch(server, workload, level, locust, scraper, measure)
         records, costs = read_records(sorted(records_folder.glob("*.jsonl")))
     result = {
         "level": level,
@@ -163,20 +163,25 @@ def locust_command(
 def _watch(
     server: Running,
     workload: Workload,
+    level: float,
     locust: subprocess.Popen[bytes],
     scraper: Scraper,
     measure: Measure,
 ) -> float | None:
-    """Wait for the level's end, and bring a closed load to it; returns where it became steady."""
+    """Wait for the level's end, and bring a closed load to it: once it was steady for long enough
+    and answered a request a user, without which there were no latencies. Returns where it became
+    steady."""
     begun, since = time.monotonic(), None
     while locust.poll() is None and server.alive:
         time.sleep(_POLL_S)
         now = time.monotonic()
         if workload.load == "closed":
-            samples = [(s.time_s, s.generated) for s in list(scraper.samples) if s.running]
+            samples = list(scraper.samples)
             if since is None:
-                since = steady_since(samples, measure, begun)
-            if since is not None and now - since >= measure.goal_s:
+                rates = [(s.time_s, s.generated) for s in samples if s.running]
+                since = steady_since(rates, measure, begun)
+            answered = samples[-1].answered - samples[0].answered if samples else 0
+            if since is not None and now - since >= measure.goal_s and answered >= level:
                 break
         if now - begun > measure.limit_s:
             break

@@ -130,8 +130,9 @@ class Measure(_Options):
     """How long a level is measured.
 
     A closed level counts as steady once ``windows`` windows of ``window_s`` seconds in a row had
-    output rates within ``within`` of their mean; before that it warms up. It ends then, or after
-    ``limit_s``, when it is reported as not steady. Burst and open loads end with their requests.
+    output rates within ``within`` of their mean; before that it warms up. It ends ``goal_s`` later,
+    but not before a request a user was answered, or after ``limit_s``, when it is reported as not
+    steady unless it was. Burst and open loads end with their requests.
 
     Attributes:
         warm_up_requests: sent at once before each level, and not counted.

@@ -9,21 +9,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from pydantic import ValidationError
 
 from benchmarks.provenance import provenance
 from benchmarks.serving.crosscheck import crosscheck
-from benchmarks.serving.levels import run_level
 from benchmarks.serving.options import Options, System, Workload
+from benchmarks.serving.readiness import warm_up
+from benchmarks.serving.repeats import run_repeats
 from benchmarks.serving.reported import kv_report
-from benchmarks.serving.scraping import read_sample
 from benchmarks.serving.server import (
     Running,
     ServerFailed,
@@ -35,8 +32,6 @@ from benchmarks.serving.spread import spread_of
 from benchmarks.serving.systems import check_spread, describe, is_dummy, prepare
 from benchmarks.serving.workloads import Plan
 from vllm_attnedit.errors import AttnEditError
-
-_IDLE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -156,23 +151,8 @@ class Benchmark:
             workload, level, path = todo[0]
             _say(f"{one.name}: {workload.name} at {level:g}")
             warm_up(running, workload, model, options.measure.warm_up_requests)
-            runs = []
-            for repeat in range(workload.repeats if workload.load == "burst" else 1):
-                # Prompts of its own, the same for every system: none finds another level's cached.
-                seed = workload.seed + 1000 * repeat + 7919 * workload.levels.index(level)
-                again = workload.model_copy(update={"seed": seed})
-                folder = path.with_suffix("")
-                if not wait_until_idle(running):
-                    break
-                runs.append(
-                    run_level(running, again, level, model, options.measure, options.goal, folder)
-                )
-                if runs[-1]["status"] not in ("ok", "not steady"):
-                    break
-            if not runs:
-                reason = "the server did not become idle"
-                runs = [{"status": "failed", "reason": reason, "level": level}]
-            result = _merged(runs)
+            folder = path.with_suffix("")
+            result = run_repeats(running, workload, level, model, options, folder)
             _write(path, {**_identity(one, workload), **result})
             _say(f"{one.name}: {workload.name} at {level:g}: {_short(result)}")
             todo = todo[1:]
@@ -201,56 +181,6 @@ class Benchmark:
                 "provenance": self.provenance,
             },
         )
-
-
-def warm_up(running: Running, workload: Workload, model: dict[str, Any], count: int) -> None:
-    """Ask a few requests that no level asks, at once: what is compiled or tuned for the first
-    batch must not count. Their figures are thrown away."""
-    plan = Plan(workload, model["vocab_size"], model["max_model_len"])
-
-    def send(i: int) -> None:
-        ask = plan.ask(1_000_000 + i)
-        body = {**ask.body, "model": model["name"], "max_tokens": min(ask.output_tokens, 16)}
-        # If something is wrong the level itself will say it.
-        with suppress(httpx.HTTPError):
-            httpx.post(running.base_url + ask.path, json=body, timeout=600)
-
-    with ThreadPoolExecutor(max(1, count)) as pool:
-        list(pool.map(send, range(count)))
-
-
-def wait_until_idle(running: Running) -> bool:
-    """Whether nothing runs or waits any more, so that a level begins with an empty server."""
-    deadline = time.monotonic() + _IDLE_S
-    with httpx.Client(base_url=running.base_url, timeout=10) as client:
-        while time.monotonic() < deadline and running.alive:
-            try:
-                sample = read_sample(client)
-            except (httpx.HTTPError, ValueError):
-                return False
-            if sample.running == sample.waiting == 0:
-                return True
-            time.sleep(0.2)
-    return False
-
-
-def _merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result of a burst's repeats: the median run by rate, with the ranges as intervals."""
-    good = [run for run in runs if "figures" in run]
-    if len(good) < len(runs) or len(runs) == 1:
-        return runs[-1]
-    ranges = {}
-    for name, key in (
-        ("output_tokens_per_s", "value"), ("ttft_s", "p50"), ("tpot_s", "p50"), ("latency_s", "p50")
-    ):  # fmt: skip
-        values = [run["figures"][name][key] for run in good]
-        if None not in values:
-            ranges[name] = {"low": min(values), "high": max(values)}
-    good.sort(key=lambda run: run["figures"]["output_tokens_per_s"]["value"])
-    chosen = good[len(good) // 2]
-    for name, low_and_high in ranges.items():
-        chosen["figures"][name] |= low_and_high
-    return {**chosen, "repeats": len(good)}
 
 
 def _identity(one: Pass, workload: Workload) -> dict[str, Any]:

@@ -18,6 +18,7 @@ _COUNTERS = {
     "vllm:num_preemptions_total": "preemptions",
     "vllm:generation_tokens_total": "generated",
     "vllm:prompt_tokens_total": "prompted",
+    "vllm:request_success_total": "answered",
     "vllm:prefix_cache_queries_total": "prefix_queries",
     "vllm:prefix_cache_hits_total": "prefix_hits",
 }
@@ -34,6 +35,7 @@ class Sample:
     preemptions: float = 0
     generated: float = 0
     prompted: float = 0
+    answered: float = 0
     prefix_queries: float = 0
     prefix_hits: float = 0
 

@@ -17,7 +17,7 @@ from benchmarks.serving.report.arithmetic import (
     parameters,
 )
 from benchmarks.serving.report.collect import arithmetic_rows
-from benchmarks.serving.report.markdown import arithmetic_section
+from benchmarks.serving.report.sections import arithmetic_section
 from vllm_attnedit.config import AttnEditConfig
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.serving.profile import kind_of, read_trace_events, shares
-from benchmarks.serving.report.markdown import profile_section
+from benchmarks.serving.report.sections import profile_section
 from vllm_attnedit.errors import AttnEditError
 
 

@@ -166,6 +166,22 @@ def test_a_burst_that_does_not_finish_gives_no_figure(
     assert (level["status"], level["reason"]) == ("failed", "not finished within 8 s")
 
 
+def test_a_level_lasts_until_its_users_were_answered(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Steady after some two seconds and measured for one more, but an answer takes six."""
+    config["measure"]["goal_s"] = 1
+    config["workloads"] = [
+        {"name": "long", "levels": [3], "prompt_tokens": 50, "output_tokens": 600}
+    ]
+    benchmark = benchmark_of(config | {"repeat_control": False}, tmp_path, systems=["ours"])
+    benchmark.run()
+    (level,) = levels_of(benchmark)
+    assert level["status"] == "ok", level["reason"]
+    assert level["figures"]["requests"] >= 3
+    assert level["figures"]["tpot_s"]["p50"] == pytest.approx(0.01, rel=0.3)
+
+
 def test_two_client_processes(config: dict[str, Any], tmp_path: Path) -> None:
     """Users are shared out, one user needs one process, and all records come back."""
     config["measure"]["client_processes"] = 2
