@@ -16,9 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.ports import free_port
 from benchmarks.provenance import ROOT
-from examples.quickstart.processes import CommandFailed, run
+from examples.quickstart.processes import CommandFailed, free_port, run
 from training.checkpoint import STATE
 from training.config import Config
 from training.progress import SPEED

@@ -24,13 +24,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ports import free_port
 from benchmarks.serving.options import Goal, Measure, Workload
 from benchmarks.serving.records import CUT, ClientCost, Record, read_records
 from benchmarks.serving.scraping import Scraper, use_of_memory
 from benchmarks.serving.server import Running, ServerFailed
 from benchmarks.serving.stats import steady_since, summarise
-from examples.quickstart.processes import process_group
+from examples.quickstart.processes import free_port, process_group
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 BUSY_CPU = 0.7

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.ports import free_port
 from benchmarks.serving.options import Server, System
 from benchmarks.serving.spread import OPTIONS, spread_of
-from examples.quickstart.processes import errors_or_end, process_group
+from examples.quickstart.processes import errors_or_end, free_port, process_group
 from vllm_attnedit.errors import AttnEditError
 
 _MEMORY = re.compile(r"out of memory|OutOfMemory|No available memory|Cannot allocate memory", re.I)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.quickstart.processes import free_port
 from tests.unit.training.small import make_pair, write_text
 from tests.unit.training.test_cli import write_config
 from training.checkpoint import find_checkpoints
@@ -30,13 +30,10 @@ def material(tmp_path_factory):
 def launch(processes: int, *arguments: str) -> None:
     command = [sys.executable]
     if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         # `accelerate launch`. With --cpu it would ask for MPI; --multi_gpu means several processes,
         # which find out for themselves that there is no GPU and speak gloo.
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-        command += ["--num_processes", str(processes), "--main_process_port", str(port)]
+        command += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["-m", "training", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}

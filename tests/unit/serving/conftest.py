@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import httpx
 import pytest
 
 from benchmarks.serving.records import ClientCost, Record, read_records
+from examples.quickstart.processes import free_port
 
 os.environ["NO_PROXY"] = "127.0.0.1"
 LOCUSTFILE = Path(__file__).parents[3] / "benchmarks/serving/locustfile.py"
@@ -35,9 +35,7 @@ def fake() -> Iterator[StartFake]:
     servers: list[FakeServer] = []
 
     def start(*arguments: str) -> FakeServer:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         command = [sys.executable, "-m", "benchmarks.serving.fake_server", "--port", str(port)]
         server = FakeServer(f"http://127.0.0.1:{port}", subprocess.Popen([*command, *arguments]))
         servers.append(server)
