@@ -8,6 +8,7 @@ out ends its group.
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import socket
@@ -24,17 +25,28 @@ STOP_SECONDS = 8.0
 # An exception's closing line, after the prefixes that vLLM writes: process, level, time and place.
 _EXCEPTION = re.compile(r"(?:\(.*?\) )?(?:ERROR .*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)")
 
+_PORTS = range(20_000, 32_000)
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _deferring = False
 _pending: int | None = None
 
 
 def free_port() -> int:
-    """A port of the loopback address that nothing listened on just now, for a child to take."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of the loopback address that nothing listens on, for a child to take.
+
+    It lies below those that systems hand to outgoing connections (Linux from 32,768 on): one of
+    these could be given away before the child binds it. Drawn at random, so that two programs that
+    ask at the same moment hardly ever get the same.
+    """
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port from {_PORTS.start} to {_PORTS.stop - 1}")
 
 
 class CommandFailed(RuntimeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,20 @@ STUBBORN = "trap '' TERM; " + FAMILY
 def family(tmp_path: Path, script: str = FAMILY) -> tuple[list[str], Path]:
     pids = tmp_path / "pids"
     return ["bash", "-c", script.format(pids=pids)], pids
+
+
+def test_a_free_port_is_one_that_nothing_listens_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = processes.free_port()
+    # No outgoing connection of another program is given it meanwhile.
+    ephemeral = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    assert not int(ephemeral[0]) <= first <= int(ephemeral[1])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", first))
+        taken.listen()
+        monkeypatch.setattr(processes, "_PORTS", range(first, first + 1))
+        with pytest.raises(OSError, match=str(first)):
+            processes.free_port()
+    assert processes.free_port() == first
 
 
 def wait_for(path: Path) -> list[int]:

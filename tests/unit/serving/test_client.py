@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import numpy as np
 from benchmarks.serving.options import Workload
 from benchmarks.serving.records import CUT
 from benchmarks.serving.workloads import Plan
+from examples.quickstart.processes import free_port
 from tests.unit.serving.conftest import LOCUSTFILE, RunLoad, StartFake
 
 SHORT = ("--prompt-tokens", "50", "--output-tokens", "20")
@@ -127,9 +127,7 @@ def test_a_server_that_dies_leaves_failed_requests(fake: StartFake, load: RunLoa
 def test_the_web_ui_starts_and_stops_a_load(fake: StartFake) -> None:
     """What a person does in the browser, by the requests that it sends."""
     server = fake("--ttft", "0.05", "--tpot", "0.01")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", server.url]
     command += ["--web-host", "127.0.0.1", "--web-port", str(port), "--output-tokens", "10"]
     locust = subprocess.Popen(command)

@@ -22,6 +22,7 @@ from benchmarks.serving.records import read_records
 from benchmarks.serving.report import collect, write_report
 from benchmarks.serving.run import Benchmark, passes
 from benchmarks.serving.server import check_arguments, command_of, environment_of
+from examples.quickstart.processes import free_port
 from vllm_attnedit.errors import AttnEditError
 
 ROOT = Path(__file__).parents[3]
@@ -142,9 +143,7 @@ def test_a_server_that_does_not_come_up(
     config: dict[str, Any], tmp_path: Path, arguments: list[str], reason: str
 ) -> None:
     """Its last error is kept for every level that was to come, and its port is free again."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config["server"] |= {"program": [sys.executable, *arguments], "start_s": 2, "port": port}
     benchmark = benchmark_of(config, tmp_path)
     benchmark.run()
