@@ -169,7 +169,8 @@ class Options(_Options):
         model: ``qwen3-8b``, ``qwen3-30b-a3b`` or ``smollm2-135m`` (true dimensions, dummy weights),
             ``smollm2`` (the real one), or ``{system name: checkpoint folder}``.
         window: of the edit, in tokens.
-        repeat_control: serve the control once more at the end (A-B-A) and report its drift.
+        repeat_control: serve the control once more at the end (A-B-A) and report its drift: with
+            all its workloads, or with those that are named.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
@@ -180,7 +181,7 @@ class Options(_Options):
     workloads: Annotated[tuple[Workload, ...], Field(min_length=1)]
     measure: Measure = Measure()
     goal: Goal = Goal()
-    repeat_control: bool = True
+    repeat_control: bool | Annotated[tuple[str, ...], Field(min_length=1)] = True
 
     @model_validator(mode="after")
     def _fits(self) -> Options:
@@ -197,6 +198,13 @@ class Options(_Options):
                     f"systems.{system.name}.tensor_parallel: groups of {system.tensor_parallel} do "
                     f"not fill server.devices, {devices}, which all systems have: give a divisor"
                 )
+        if not isinstance(self.repeat_control, bool):
+            served = {
+                workload.name for workload in self.workloads
+                if self.systems[0].name in (workload.systems or [self.systems[0].name])
+            }  # fmt: skip
+            if unknown := set(self.repeat_control) - served:
+                raise ValueError(f"repeat_control: no workload of the control: {sorted(unknown)}")
         known = {system.name for system in self.systems}
         for workload in self.workloads:
             unknown = set(workload.systems or ()) - known

@@ -94,7 +94,10 @@ class Benchmark:
 
     def levels(self, one: Pass) -> Iterator[tuple[Workload, float, Path]]:
         """A pass's levels and their files, in order."""
+        again = self.options.repeat_control
         for workload in self.options.workloads:
+            if one.number == 2 and not isinstance(again, bool) and workload.name not in again:
+                continue
             if workload.systems is None or one.system.name in workload.systems:
                 for level in workload.levels:
                     name = f"{workload.name}-{level:g}.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -59,12 +60,13 @@ class Job(BaseModel):
         return self.least or self.seconds
 
     def words(self, out: Path, budget_s: float) -> list[str]:
-        """Program and arguments."""
+        """Program and arguments; ``python`` is the one that runs this."""
         budget = f"{budget_s:.0f}"
-        return [
+        program, *arguments = [
             word.replace("{out}", str(out)).replace("{budget}", budget)
             for word in shlex.split(self.command)
         ]
+        return [sys.executable if program == "python" else program, *arguments]
 
 
 class Suite(BaseModel):

@@ -9,13 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from benchmarks.__main__ import app
 from benchmarks.serving.options import load_options
+from benchmarks.serving.run import Benchmark
 from benchmarks.suite.options import Suite, load_suite
 from benchmarks.suite.runner import Runner
 from vllm_attnedit.errors import AttnEditError
@@ -115,14 +120,13 @@ def test_what_runs_over_is_stopped(tmp_path: Path) -> None:
 def test_a_failure_is_noted_and_the_others_go_on(tmp_path: Path) -> None:
     bad = f"{PYTHON} -c 'raise ValueError(\"what is wrong\")'"
     jobs = [job("bad", bad), job("nowhere", "no-such-program --option"), job("good")]
-    for tries in (1, 2):  # what failed is tried again
+    for _ in range(2):  # what failed is tried again
         states = run(tmp_path, jobs)
         assert states["bad"]["state"] == states["nowhere"]["state"] == "failed"
         assert "what is wrong" in states["bad"]["reason"]
         assert "no-such-program" in states["nowhere"]["reason"]
         assert states["good"]["state"] == "done"
         assert len(notes(tmp_path, "good")) == 1
-    assert tries == 2
 
 
 def test_only_some(tmp_path: Path) -> None:
@@ -136,8 +140,9 @@ def command(file: Path, *options: str) -> list[str]:
 
 def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     file = tmp_path / "suite.yaml"
-    begin = f"{PYTHON} -c 'import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(99)'"
-    file.write_text(yaml.safe_dump({"jobs": [job("long", begin + " {out}/began")]}))
+    code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(99)"
+    begin = f"{PYTHON} -c {shlex.quote(code)} {{out}}/began"
+    file.write_text(yaml.safe_dump({"jobs": [job("long", begin)]}))
     out = tmp_path / "out"
     options = ["--out", str(out), "--devices", "0"]
     with subprocess.Popen(command(file, *options), cwd=ROOT) as process:
@@ -187,22 +192,28 @@ def test_bad_input_is_one_line(
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_suites_name_what_is_there(path: Path) -> None:
+def test_commands_of_suites_are_understood(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for one in load_suite(path).jobs:
-        words = one.words(Path("out"), 100)
+        program, _, module, *words = one.words(Path("out"), 100)
+        assert program == sys.executable
         for word in words:
-            if word.startswith(("benchmarks/", "tests/", "training/")):
-                assert (ROOT / word).exists() or word.startswith("benchmarks/results/"), word
-        if words[1:4] == ["-m", "benchmarks", "serving"]:
-            options = load_options(ROOT / words[4], 2)
-            named = dict(zip(words[5::2], words[6::2]))
-            assert set(named) <= {"--workload", "--system", "--out", "--budget"}, words
-            known = {
-                "--workload": {workload.name for workload in options.workloads},
-                "--system": {system.name for system in options.systems},
-            }
-            for option, value in zip(words[5::2], words[6::2]):
-                assert value in known.get(option, {value}), value
+            if word.startswith(("benchmarks/", "tests/")):
+                assert (ROOT / word).exists(), word
+        if module == "benchmarks":
+            name, *arguments = words
+            commands = get_command(app)
+            assert isinstance(commands, TyperGroup)
+            asked = commands.commands[name].make_context(name, arguments).params
+            if name == "serving":
+                options = load_options(ROOT / asked["config"], 2)
+                Benchmark(options, tmp_path / one.name, asked["system"], asked["workload"])
+        elif module.startswith("benchmarks."):
+            monkeypatch.setattr(sys, "argv", ["", *words])
+            assert import_module(module).parse()
+        else:
+            assert module == "pytest"
 
 
 def test_there_are_suites() -> None:

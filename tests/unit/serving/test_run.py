@@ -341,6 +341,18 @@ def test_both_sides_are_served_alike(config: dict[str, Any], tmp_path: Path) -> 
     assert [one.name for one in passes(options)] == ["teacher", "ours", "teacher.again"]
 
 
+def test_the_control_repeats_what_it_is_told_to(config: dict[str, Any], tmp_path: Path) -> None:
+    config["workloads"].append({"name": "chat", "levels": [2, 4]})
+    config["repeat_control"] = ["burst"]
+    benchmark = benchmark_of(config, tmp_path)
+    names = [[path.stem for *_, path in benchmark.levels(one)] for one in passes(benchmark.options)]
+    assert names == [["burst-4", "chat-2", "chat-4"]] * 2 + [["burst-4"]]
+    config["workloads"][1]["systems"] = ["ours"]
+    for bad in (["chat"], ["nothing"], []):
+        with pytest.raises(AttnEditError, match="repeat_control"):
+            benchmark_of(config | {"repeat_control": bad}, tmp_path)
+
+
 def test_a_setting_of_one_side_only_is_refused(config: dict[str, Any]) -> None:
     config["systems"][1] = {**SYSTEMS[1], "arguments": ["--gpu-memory-utilization=0.95"]}
     options = Options.model_validate(config)
