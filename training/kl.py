@@ -213,7 +213,7 @@ class _ChunkedKL(torch.autograd.Function):
         (loss_grad, _) = gradients
         hidden_grad, head_grad = ctx.saved_tensors
         return (
-            None if hidden_grad is None else hidden_grad * loss_grad.to(hidden_grad.dtype),
+            None if hidden_grad is None else hidden_grad * loss_grad,
             None if head_grad is None else (head_grad * loss_grad).to(ctx.head_dtype),
             None,
             None,

@@ -163,9 +163,33 @@ def fill(target: Tensor, value: Tensor) -> None:
         target.copy_(value)
 
 
+@torch.no_grad()
 def clip(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
-    """Scale gradients to a norm of at most ``limit`` (0: leave them); returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(
-        parameters, limit if limit > 0 else float("inf"), error_if_nonfinite=False
-    )
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    """Scale gradients to a norm of at most ``limit`` (0: leave them); returns the norm before.
+
+    Squares are summed in float64 where the device has it. So the norm, which every gradient of
+    every later step depends on, is the same however many devices the gradients are sharded over.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    device = gradients[0].device
+    precise = torch.float32 if device.type == "npu" else torch.float64
+    # Whole gradients are the same on every process; of sharded ones each has its part.
+    squares = torch.zeros(2, dtype=precise, device=device)
+    group = None
+    held: list[Tensor] = []
+    for gradient in gradients:
+        sharded = isinstance(gradient, DTensor)
+        if isinstance(gradient, DTensor):
+            group, gradient = gradient.device_mesh.get_group(), gradient.to_local()
+        held.append(gradient)
+        squares[int(sharded)] += torch.linalg.vector_norm(gradient, dtype=precise).square()
+    if group is not None:
+        dist.all_reduce(squares[1], group=group)
+    norm = squares.sum().sqrt()
+    if limit > 0:
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in held:
+            gradient.mul_(factor)
+    return norm.float()
