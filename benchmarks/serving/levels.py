@@ -112,7 +112,9 @@ def _attempt(
     if workload.load == "closed" and since is None:
         result |= {"status": "not steady", "reason": f"within {measure.limit_s:g} s"}
     return result | {
-        "figures": summarise(records, start_s, end_s, goal, steady=steady),
+        "figures": summarise(
+            records, start_s, end_s, goal, steady=steady, closed=workload.load == "closed"
+        ),
         "server": use_of_memory(scraper.samples, start_s, end_s),
     }
 

@@ -1,7 +1,7 @@
 """From requests and scrapes to figures: rates, percentiles, intervals, goodput, steadiness.
 
-Intervals are 95% bootstrap intervals: of a median over requests, of a rate over windows of time.
-They cover the noise within a run; what differs between runs is seen in the control's drift.
+Intervals are 95% bootstrap intervals over requests, of the rate of an open load over windows of
+time. They cover the noise within a run; what differs between runs is seen in the control's drift.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ _WINDOWS = 10
 
 
 def summarise(
-    records: Sequence[Record], start_s: float, end_s: float, goal: Goal, *, steady: bool
+    records: Sequence[Record],
+    start_s: float,
+    end_s: float,
+    goal: Goal,
+    *,
+    steady: bool,
+    closed: bool = False,
 ) -> dict[str, Any]:
     """Figures of the interval ``[start_s, end_s)``.
 
@@ -30,6 +36,10 @@ def summarise(
     Args:
         steady: whether rate and latencies should be the same throughout, so that their spread
             tells an interval; a burst's are not, it has to be repeated.
+        closed: whether a number of users ask again as soon as they are answered. Their rate is
+            then their number times the tokens of a request over its latency (Little's law), and its
+            interval that of requests. Windows of time would tell in which phase users are, who tend
+            to be answered together.
     """
     arrivals = token_arrivals(records)
     inside = arrivals[(arrivals >= start_s) & (arrivals < end_s)]
@@ -38,9 +48,12 @@ def summarise(
     ended = [r for r in records if start_s <= r.end_s <= end_s]
     whole = [r for r in ended if r.whole]
     good = [r for r in whole if r.ttft_s <= goal.ttft_s and (r.tpot_s or 0) <= goal.tpot_s]
-    counts, _ = np.histogram(inside, bins=_WINDOWS, range=(start_s, end_s))
     rate: dict[str, Any] = {"value": len(inside) / seconds, "low": None, "high": None}
-    if steady and len(inside):
+    if steady and closed and len(whole) > 1:
+        low, high = spread_of_rate(whole)
+        rate |= {"low": rate["value"] * low, "high": rate["value"] * high}
+    elif steady and not closed and len(inside):
+        counts, _ = np.histogram(inside, bins=_WINDOWS, range=(start_s, end_s))
         rate["low"], rate["high"] = interval(counts * _WINDOWS / seconds, np.mean)
     gaps = np.concatenate([np.asarray(r.gaps_s) for r in started]) if started else np.zeros(0)
     return {
@@ -94,6 +107,19 @@ def interval(values: Any, statistic: Callable[..., Any]) -> tuple[float, float]:
     picks = np.random.default_rng(0).integers(0, len(data), (_RESAMPLES, len(data)))
     low, high = np.percentile(statistic(data[picks], axis=1), (2.5, 97.5))
     return float(low), float(high)
+
+
+def spread_of_rate(whole: Sequence[Record]) -> tuple[float, float]:
+    """95% bootstrap interval of tokens over latency, as factors of what all requests have."""
+    pairs = np.array([(r.output_tokens, r.latency_s) for r in whole])
+
+    def tokens_a_second(some: np.ndarray, axis: int) -> np.ndarray:
+        tokens, seconds = np.moveaxis(some.sum(axis=axis), -1, 0)
+        return np.asarray(tokens / np.maximum(seconds, 1e-9))
+
+    low, high = interval(pairs, tokens_a_second)
+    mean = float(tokens_a_second(pairs, 0))
+    return low / mean, high / mean
 
 
 def steady_since(

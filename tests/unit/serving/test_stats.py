@@ -52,6 +52,31 @@ def test_figures_of_known_requests() -> None:
     assert figures["output_tokens_per_s"]["low"] is None
 
 
+def test_the_rate_of_a_closed_load_has_the_interval_of_its_requests() -> None:
+    """Four users in step, whose tokens all come in one of every three seconds."""
+    draw = np.random.default_rng(0)
+    records = [
+        record(float(start), 2.0 + draw.uniform(-0.05, 0.05), [0.1] * 9)
+        for start in range(0, 30, 3) for _ in range(4)
+    ]  # fmt: skip
+    closed = summarise(records, 0.0, 30.0, GOAL, steady=True, closed=True)["output_tokens_per_s"]
+    opened = summarise(records, 0.0, 20.0, GOAL, steady=True)["output_tokens_per_s"]
+    assert closed["value"] == pytest.approx(400 / 30)
+    assert closed["low"] < closed["value"] < closed["high"]
+    assert closed["high"] / closed["low"] < 1.02
+    assert opened["high"] / opened["low"] > 1.1
+    # Twice the spread of latencies, about twice the interval.
+    wider = [record(r.sent_s, 2 + 2 * (r.ttft_s - 2), [0.1] * 9) for r in records]
+    wide = summarise(wider, 0.0, 30.0, GOAL, steady=True, closed=True)["output_tokens_per_s"]
+    grown = (wide["high"] - wide["low"]) / (closed["high"] - closed["low"])
+    assert grown == pytest.approx(2, rel=0.05)
+
+
+def test_one_request_tells_no_interval() -> None:
+    rate = summarise([record(0.0, 1.0, [0.1])], 0.0, 2.0, GOAL, steady=True, closed=True)
+    assert rate["output_tokens_per_s"]["low"] is None
+
+
 def test_only_tokens_within_the_interval_count() -> None:
     records = [record(0.0, 1.0, [1.0] * 9)]  # tokens at 1, 2, ... 10
     figures = summarise(records, 3.0, 6.0, GOAL, steady=True)
