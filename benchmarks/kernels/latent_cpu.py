@@ -6,8 +6,9 @@ For each batch the control is grouped-query attention of vLLM's CPU backend, as 
 the teacher's KV heads, at the length that makes its cache as large in bytes. Processor time, not
 the clock: other work on the machine does not count. Beside it stands the time that the two matrix
 products alone take at the rate the host library reaches on one tile, which no order of reading
-could beat, and vLLM's own CPU kernel for latents of 512 + 64. Layers take turns: none finds its
-keys in the processor's cache.
+could beat, vLLM's own CPU kernel for latents of 512 + 64, and another way to do it: heads as the
+query rows of torch's fused attention, over keys that lie there in order already. Layers take turns:
+none finds its keys in the processor's cache.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.provenance import provenance
 from vllm_attnedit.ops.mla_decode import cpu
@@ -120,6 +122,13 @@ def stock_latent(model: Model, batch: int, length: int, dtype: torch.dtype) -> C
     return lambda: ops.mla_decode_kvcache_cpu(out, query, cache, SCALE, table, lengths)
 
 
+def fused(model: Model, batch: int, length: int, dtype: torch.dtype) -> Callable[[], Any]:
+    """One step of torch's fused attention: heads are rows of one query, entries keys and values."""
+    entries = torch.randn(batch, 1, length, model.rank + model.rope).to(dtype)
+    query = torch.randn(batch, 1, model.heads, entries.shape[3]).to(dtype)
+    return lambda: scaled_dot_product_attention(query, entries, entries, scale=SCALE)
+
+
 def product_rate(model: Model, dtype: torch.dtype, repeats: int) -> float:
     """Operations a second of both products on one tile of 2,048 keys."""
     keys = torch.randn(2048, model.rank + model.rope).to(dtype)
@@ -142,6 +151,7 @@ def rows(repeats: int) -> list[dict[str, Any]]:
                 ours = in_turn(partial(latent, model, batch, length, dtype), nbytes, repeats)
                 control = in_turn(partial(grouped, model, batch, same, dtype), nbytes, repeats)
                 work = 2 * model.heads * (2 * model.rank + model.rope) * batch * length
+                other = in_turn(partial(fused, model, batch, length, dtype), nbytes, repeats)
                 name = str(dtype).removeprefix("torch.")
                 stock = None
                 if (model.rank, model.rope) == (512, 64):
@@ -159,6 +169,7 @@ def rows(repeats: int) -> list[dict[str, Any]]:
                         "bytes": nbytes,
                         "products_alone": work / rate,
                         "vllm_mla_kernel": stock,
+                        "fused_attention": other,
                     }
                 )
     return table
@@ -179,7 +190,8 @@ def main() -> None:
         print(
             f"{row['case']:<48}{1e3 * row['value']:>9.2f} ms{1e3 * row['control_value']:>9.2f} ms"
             f"{row['ratio']:>7.2f}x, products alone {1e3 * row['products_alone']:.2f} ms, "
-            f"vLLM's latent kernel {1e3 * (row['vllm_mla_kernel'] or 0):.2f} ms"
+            f"vLLM's latent kernel {1e3 * (row['vllm_mla_kernel'] or 0):.2f} ms, "
+            f"fused attention {1e3 * row['fused_attention']:.2f} ms"
         )
     print(json.dumps({row["case"]: row["ratio"] for row in document["rows"]}))
 
