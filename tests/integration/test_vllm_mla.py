@@ -23,6 +23,7 @@ from tests.integration.engine import (
 from tests.unit.tiny import tiny_edit
 from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
 from vllm_attnedit.backends.latent import LatentBackend, LatentImpl
+from vllm_attnedit.backends.latent_cache import write_entries
 from vllm_attnedit.backends.latent_steps import LatentMetadata, LatentMetadataBuilder
 from vllm_attnedit.layers import latent as layer_module
 from vllm_attnedit.ops.mla_decode import mla_decode
@@ -68,8 +69,10 @@ class Impl:
     def do_kv_cache_update(
         self, latent: Tensor, k_pe: Tensor, cache: Tensor, slots: Tensor, *unused: Any
     ) -> None:
-        key = torch.cat([latent, k_pe.squeeze(1)], dim=-1).unsqueeze(1)
-        self.ours._write(None, key[: len(slots)], cache, slots)
+        key = torch.cat([latent, k_pe.squeeze(1)], dim=-1)[: len(slots)]
+        write_entries(
+            key, cache, slots, rank=self.ours.rank, kv_cache_dtype="auto", scale=torch.ones(())
+        )
 
     def forward_mqa(
         self, q: tuple[Tensor, Tensor], cache: Tensor, metadata: Metadata, layer: Any

@@ -1,12 +1,12 @@
 """Latent attention on this project's operators behind vLLM's backend interface.
 
 Decodes attend over cached latents, with the halves of ``kv_b_proj`` folded into the query and
-applied to the result; prompts attend over keys and values expanded from latents, their own first
-and then, part by part, those of their cached context.
+applied to the result; prompts attend over keys and values expanded from latents
+(:mod:`~vllm_attnedit.backends.latent_prompts`).
 
 Shapes: T tokens, N heads, R kv_lora_rank, P qk_rope_head_dim, C qk_nope_head_dim, V v_head_dim,
-S context tokens, L elements of a cache entry: R + P, and with a per-head norm of keys the factors
-of all heads as float32, in units of the cache's dtype.
+L elements of a cache entry: R + P, and with a per-head norm of keys the factors of all heads as
+float32, in units of the cache's dtype.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm import _custom_ops
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, MultipleOf
 
+from vllm_attnedit.backends.latent_cache import key_factors, read_entries, write_entries
+from vllm_attnedit.backends.latent_prompts import PromptAttention
 from vllm_attnedit.backends.latent_steps import (
     CONTEXT_TOKENS,
     LatentMetadata,
@@ -101,7 +102,14 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         kv_scale: Tensor | None = None
         if self.fp8_dtype is not None:
             kv_cache, kv_scale = kv_cache.view(self.fp8_dtype), layer._k_scale
-        self._write(layer, key[:tokens], kv_cache, attn_metadata.slot_mapping[:tokens])
+        write_entries(
+            key[:tokens, 0],
+            kv_cache,
+            attn_metadata.slot_mapping[:tokens],
+            rank=self.rank,
+            kv_cache_dtype=self.kv_cache_dtype,
+            scale=layer._k_scale,
+        )
         if decodes:
             self._decode(
                 layer, query[:decodes], kv_cache, kv_scale, attn_metadata, output[:decodes]
@@ -112,41 +120,6 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
                 layer, query[rows], key[rows, 0], kv_cache, kv_scale, attn_metadata, output[rows]
             )
         return output
-
-    def _write(self, layer: Any, key: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
-        if kv_cache.is_cuda:
-            cache = kv_cache.view(torch.uint8) if self.fp8_dtype is not None else kv_cache
-            _custom_ops.concat_and_cache_mla(
-                key[:, 0, : self.rank],
-                key[:, 0, self.rank :],
-                cache,
-                slots,
-                self.kv_cache_dtype,
-                layer._k_scale,
-            )
-            return
-        written = slots >= 0
-        flat = kv_cache.view(-1, kv_cache.shape[-1])
-        entries = key[written, 0]
-        if self.fp8_dtype is not None:
-            limit = torch.finfo(self.fp8_dtype).max
-            scaled = (entries.float() / layer._k_scale).clamp(-limit, limit)
-            flat, entries = (x.view(torch.uint8) for x in (flat, scaled.to(self.fp8_dtype)))
-        flat[slots[written]] = entries
-
-    def _read(
-        self, flat: Tensor, slots: Tensor, kv_scale: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        if kv_scale is None:
-            return flat[slots].to(dtype)
-        # Bytes: not every device indexes FP8.
-        entries = flat.view(torch.uint8)[slots].view(flat.dtype)
-        return (entries.float() * kv_scale).to(dtype)
-
-    def _factors(self, entries: Tensor) -> Tensor | None:
-        """(..., L) to the factors of all heads, (..., N) float32, if there are any."""
-        beside = entries[..., self.rank + self.rope :]
-        return beside.view(torch.float32) if beside.shape[-1] else None
 
     def _decode(
         self,
@@ -185,7 +158,7 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
             max_query_len=metadata.max_decode_len,
             out=out,
             kv_scale=kv_scale,
-            key_scale=self._factors(kv_cache),
+            key_scale=key_factors(kv_cache, self.rank + self.rope),
         )
 
     def _prefill(
@@ -198,57 +171,17 @@ class LatentImpl(AttentionImpl[LatentMetadata]):
         metadata: LatentMetadata,
         output: Tensor,
     ) -> None:
-        starts = metadata.prompt_start_loc
-        assert starts is not None
-        if not metadata.context:
-            self._expanded(layer, query, key, starts, starts, output, causal=True)
-            return
-        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-        part_lse, part = torch.empty_like(lse), torch.empty_like(output)
-        self._expanded(layer, query, key, starts, starts, output, causal=True, lse=lse)
-        merged = output.float()
-        flat = kv_cache.view(-1, kv_cache.shape[-1])
-        for context in metadata.context:
-            entries = self._read(flat, context.slots, kv_scale, query.dtype)  # (S, L)
-            key_starts = context.key_start_loc
-            self._expanded(
-                layer, query, entries, starts, key_starts, part, causal=False, lse=part_lse
-            )
-            total = torch.logaddexp(lse, part_lse)
-            merged *= (lse - total).exp_()[..., None]
-            merged += part * (part_lse - total).exp_()[..., None]
-            lse = total
-        output.copy_(merged)
-
-    def _expanded(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        query_starts: Tensor,
-        key_starts: Tensor,
-        out: Tensor,
-        *,
-        causal: bool,
-        lse: Tensor | None = None,
-    ) -> None:
-        """Attention of (T, N, C + P) to the keys and values of (S, L)."""
-        q_nope, q_rope = query.split([query.shape[2] - self.rope, self.rope], dim=-1)
-        latent, k_rope = key[:, : self.rank], key[:, self.rank : self.rank + self.rope]
-        k_nope, value = layer.up.expand(latent)
-        self.expanded_operator(
-            q_nope,
-            q_rope,
-            k_nope,
-            k_rope,
-            value,
-            query_starts,
-            key_starts,
-            scale=self.scale,
-            causal=causal,
-            out=out,
-            lse=lse,
-            key_scale=self._factors(key),
+        assert metadata.prompt_start_loc is not None
+        prompts = PromptAttention(
+            self.expanded_operator, layer.up, self.rank, self.rope, self.scale
+        )
+        prompts.attend(
+            query,
+            key,
+            metadata.prompt_start_loc,
+            metadata.context,
+            lambda slots: read_entries(kv_cache, slots, kv_scale, query.dtype),
+            output,
         )
 
 
