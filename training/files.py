@@ -6,11 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from vllm_attnedit.errors import AttnEditError
 
@@ -58,12 +61,22 @@ def disk_errors(what: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _system_error(error)
+        if number is None and isinstance(error, SafetensorError):
+            raise
+        if number in _FULL:
             fix = "free space and start again: whatever was complete before is untouched"
         else:
             fix = "choose a folder that can be written"
-        raise AttnEditError(str(what), error.strerror or error, fix) from error
+        reason = os.strerror(number) if number is not None else error
+        raise AttnEditError(str(what), reason, fix) from error
+
+
+def _system_error(error: SafetensorError) -> int | None:
+    """The system's error number: safetensors writes files by itself, and gives it as text."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from training.config import Config
 from training.curves import draw_curves
 from training.data import BatchStream
 from training.data.batches import Batch
+from training.files import disk_errors
 from training.flops import peak_tflops
 from training.optim import build_optimizer, make_schedule, set_lr
 from training.parallel import Devices
@@ -97,6 +98,10 @@ class Loop:
             AttnEditError: for a loss or gradient that is not finite, or a disk that fails; the last
                 good checkpoint stays.
         """
+        with disk_errors(self._folder):  # progress, curves and TensorBoard write as well
+            return self._run()
+
+    def _run(self) -> Outcome:
         self._resumed = self._checkpoints.resume(self._stage, self._optimizer)
         first, steps = self._resumed.step, total_steps(self._config)
         schedule = make_schedule(self._config.optim, steps, self._resumed.restarted)

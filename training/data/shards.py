@@ -60,11 +60,10 @@ class ShardWriter:
         if not self._held:
             return
         number = len(self._files)
-        np.concatenate(self._tokens).tofile(self.folder / f"tokens-{number:05d}.bin")
+        _write(self.folder / f"tokens-{number:05d}.bin", np.concatenate(self._tokens))
         if self.with_answers:
-            np.packbits(np.concatenate(self._answers)).tofile(
-                self.folder / f"answers-{number:05d}.bin"
-            )
+            bits = np.packbits(np.concatenate(self._answers))
+            _write(self.folder / f"answers-{number:05d}.bin", bits)
         self._files.append(self.tokens - self._held)
         self._tokens, self._answers, self._held = [], [], 0
 
@@ -78,7 +77,7 @@ class ShardWriter:
             The manifest.
         """
         self._flush()
-        np.asarray(self.offsets, dtype="<i8").tofile(self.folder / "offsets.bin")
+        _write(self.folder / "offsets.bin", np.asarray(self.offsets, dtype="<i8"))
         files = {file.name: sha256_of(file) for file in sorted(self.folder.glob("*.bin"))}
         manifest: dict[str, Any] = {
             "version": FORMAT_VERSION,
@@ -94,6 +93,12 @@ class ShardWriter:
         manifest["hash"] = digest({"files": files, "tokenizer": about.get("tokenizer")})
         write_json(self.folder / MANIFEST, manifest)
         return manifest
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    # Not tofile, which keeps the system's reason for a failure to itself.
+    with path.open("wb") as file:
+        file.write(values.data)
 
 
 class ShardReader:

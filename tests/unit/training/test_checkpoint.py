@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import shutil
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.training.small import small_config, write_text
-from training import loop, parts
+from training import loop
 from training.checkpoint import find_checkpoints, read_state
 from training.parts import PartsReader, write_parts
 from training.progress import read_metrics, rewind_metrics
@@ -193,36 +195,51 @@ def test_lost_moments_warm_up_again(tmp_path, pair, text):
     assert rates[2] == pytest.approx(rates[0])  # risen anew, where 3/4 of the peak was due
 
 
+@contextmanager
+def largest_file(size):
+    """The system refuses to write beyond so many bytes of a file, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize("failing", ["weights", "state"])
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, pair, text, monkeypatch, failing):
-    saves = 0
-    original = parts.save_file
-
-    def save(tensors, path):
-        nonlocal saves
-        saves += 1
-        if saves > 2:  # weights and optimiser of the first checkpoint
-            path.write_bytes(b"the beginning")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(tensors, path)
-
     def publish(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    if failing == "weights":
-        monkeypatch.setattr(parts, "save_file", save)
-    else:
-        run(tmp_path, pair, text, "stage1", run={"minutes": 1e-9})
-        monkeypatch.setattr("training.checkpoint.publish", publish)
-    with pytest.raises(AttnEditError, match="No space left") as raised:
-        run(tmp_path, pair, text, "stage1")
+    run(tmp_path, pair, text, "stage1", run={"minutes": 1e-9})
+    with monkeypatch.context() as patched, ExitStack() as stack:
+        if failing == "state":
+            patched.setattr("training.checkpoint.publish", publish)
+        else:
+            stack.enter_context(largest_file(1 << 18))
+        with pytest.raises(AttnEditError, match=r"(No space left|File too large).*free") as raised:
+            run(tmp_path, pair, text, "stage1")
     assert "\n" not in str(raised.value)
-    monkeypatch.undo()
-    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert left == ["step-00000002" if failing == "weights" else "step-00000001"]
+    left = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert left == ["step-00000001"]
     assert run(tmp_path, pair, text, "stage1").finished
     run(tmp_path / "whole", pair, text, "stage1")
     assert read_metrics(tmp_path) == read_metrics(tmp_path / "whole")
+
+
+def test_a_disk_too_full_for_progress_is_one_line(tmp_path, pair, text, monkeypatch):
+    def report(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("training.progress.Progress.report", report)
+    with pytest.raises(AttnEditError, match="No space left"):
+        run(tmp_path, pair, text, "stage1")
+
+
+def test_a_disk_too_full_for_shards_is_one_line(tmp_path, pair, text):
+    with largest_file(1 << 14), pytest.raises(AttnEditError, match=r"shards: File too large"):
+        run(tmp_path, pair, text, "stage1")
+    assert not (tmp_path / "shards").exists()
 
 
 def test_what_changed_is_refused_by_name(tmp_path, pair, text):
