@@ -74,6 +74,9 @@ class LayerwiseStage:
         self._teacher, self._student, self._devices, self._form = teacher, student, devices, form
         self.split_layers = config.stage1.split == "layers" and devices.ranks > 1
         self.layers = _chosen_layers(config.stage1.layers, student.num_hidden_layers)
+        if self.split_layers and len(self.layers) < devices.ranks:
+            fix = f"start at most {len(self.layers)} processes, one a layer; or set it to data"
+            raise AttnEditError("stage1.split", f"layers, {devices.ranks} processes", fix)
         own = self.layers[devices.rank :: devices.ranks] if self.split_layers else self.layers
         student._attn_implementation = IMPLEMENTATION
         self.modules = {layer: _edited_layer(student, layer, store, devices) for layer in own}

@@ -15,22 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from training.config import Config
+from training.ranges import check_ranges
 from vllm_attnedit.errors import AttnEditError
-
-_POSITIVE = {
-    "data.sequence_length", "optim.tokens", "optim.batch", "optim.micro_batch", "stage1.lr",
-    "stage2.lr", "stage2.chunk_tokens", "stage2.top_k", "checkpoint.keep", "checkpoint.every_steps",
-    "checkpoint.every_minutes", "checkpoint.parts_mb", "log.every", "log.peak_tflops",
-    "run.minutes", "generate.samples", "generate.seed_tokens", "generate.max_tokens",
-    "generate.batch",
-    "evaluate.agreement_length", "evaluate.batch", "evaluate.limit", "evaluate.max_windows",
-    "evaluate.passkey.trials", "choose.window", "choose.sequence_length", "choose.sequences",
-}  # fmt: skip
-_SHARES = {"optim.warmup", "optim.min_lr_ratio", "optim.beta1", "optim.beta2", "generate.top_p"}
-_NOT_NEGATIVE = {
-    "optim.weight_decay", "optim.clip", "stage2.cosine_weight", "stage2.lr_rest", "evaluate.sinks",
-    "generate.temperature", "choose.sinks", "seed",
-}  # fmt: skip
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -68,8 +54,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
 def config_from_dict(data: dict[str, Any]) -> Config:
     """A checked configuration from nested plain values. Raises as :func:`load_config`."""
     config: Config = build(Config, data)
-    for name, value in flatten(config).items():
-        _check_range(name, value)
+    check_ranges(flatten(config))
     return config
 
 
@@ -253,14 +238,3 @@ def _number(hint: type, value: Any, name: str) -> int | float:
             raise AttnEditError(name, value, "give a whole number")
         return int(number)
     return number
-
-
-def _check_range(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if name in _POSITIVE and value <= 0:
-        raise AttnEditError(name, value, "give a number above 0")
-    if name in _SHARES and not 0 <= value <= 1:
-        raise AttnEditError(name, value, "give a share between 0 and 1")
-    if name in _NOT_NEGATIVE and value < 0:
-        raise AttnEditError(name, value, "give 0 or more")

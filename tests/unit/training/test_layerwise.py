@@ -210,6 +210,17 @@ def test_some_layers_alone(tmp_path, pair, text):
         make_stage(tmp_path, *pair, text, stage1={"layers": [4]})
 
 
+def test_a_process_without_a_layer_is_refused(tmp_path, pair, text):
+    teacher, student = pair
+    config = small_config(tmp_path, *pair, text, stage1={"split": "layers"})
+    devices = Devices(config.run, config.seed)
+    devices.ranks = 5
+    loaded = load_teacher(str(teacher), dtype=torch.float32, attention=attention.register())
+    arguments = (student_config(str(student)), SafetensorsStore(student), config, devices, "sdpa")
+    with pytest.raises(AttnEditError, match=r"stage1\.split: layers, 5 processes: .*at most 4"):
+        LayerwiseStage(Trunk(loaded), *arguments)
+
+
 def test_blame_names_the_layer(tmp_path, pair, text):
     stage, stream = make_stage(tmp_path, *pair, text)
     with torch.no_grad():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from training import ranges
 from training.config import Config
 from training.options import config_from_dict, describe_options, flatten, load_config
 from vllm_attnedit.errors import AttnEditError
@@ -73,6 +75,16 @@ def test_every_option_is_documented_once():
         (["--optim.batch", "2.5"], ["optim.batch", "2.5", "whole"]),
         (["--optim.batch", "-1"], ["optim.batch", "-1", "above 0"]),
         (["--optim.warmup", "3"], ["optim.warmup", "between 0 and 1"]),
+        (["--optim.beta2", "1"], ["optim.beta2", "below 1"]),
+        (["--optim.eps", "0"], ["optim.eps", "above 0"]),
+        (["--data.sequence_length", "1"], ["data.sequence_length", "at least 2"]),
+        (["--evaluate.lengths", "[64, 1]"], ["evaluate.lengths.1", "at least 2"]),
+        (["--evaluate.fewshot", "[0, -5]"], ["evaluate.fewshot.1", "-5", "0 or more"]),
+        (["--evaluate.passkey.depths", "[1.5]"], ["evaluate.passkey.depths.0", "between 0 and 1"]),
+        (
+            ["--data.sources", "[{kind: text, path: p, max_tokens: -5}]"],
+            ["data.sources.0.max_tokens", "-5", "above 0"],
+        ),
         (["--run.precision", "fp8"], ["run.precision", "fp8", "bf16, fp32"]),
         (["--run.compile", "maybe"], ["run.compile", "maybe", "true or false"]),
         (["--data.sources.3.path", "x"], ["data.sources.3.path", "below 1"]),
@@ -106,6 +118,12 @@ def test_bad_files(tmp_path, text, word):
         load_config(tmp_path / "c.yaml")
     with pytest.raises(AttnEditError, match=r"nowhere\.yaml"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_ranges_name_options_that_exist():
+    known = {re.sub(r"\.N\b", "", name) for name, _, _ in describe_options()}
+    tables = (ranges._POSITIVE, ranges._AT_LEAST_TWO, ranges._SHARES, ranges._BELOW_ONE)
+    assert known >= set().union(*tables, ranges._NOT_NEGATIVE)
 
 
 def test_flatten_gives_back_what_was_set():
