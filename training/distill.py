@@ -116,6 +116,7 @@ class DistillStage:
             fp32_logits=stage.fp32_logits,
             states=stage.cosine_weight > 0,
             cache=cache,
+            anywhere=devices.any if devices.sharded else bool,
         )
         self._window = student.lm.config.sliding_window
         self._cost = (model_cost(teacher.lm.config), model_cost(student.lm.config))

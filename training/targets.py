@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens, N loss positions, J kept tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class TeacherTargets:
         fp32_logits: form logits in float32.
         states: record hidden states for the cosine term.
         cache: where top-k distributions are kept.
+        anywhere: whether something holds on any process that shares the teacher: a sharded one
+            runs on all of them or on none.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class TeacherTargets:
         fp32_logits: bool,
         states: bool,
         cache: TopKCache | None = None,
+        anywhere: Callable[[bool], bool] = bool,
     ) -> None:
         self._teacher, self._k, self._chunk, self._fp32 = teacher, k, chunk, fp32_logits
+        self._anywhere = anywhere
         self._states = LayerStates(teacher) if states else None
         self._cache = cache
 
@@ -73,7 +77,8 @@ class TeacherTargets:
         """The target at the loss positions of a batch, and the hidden states, if recorded."""
         if self._cache is not None and self._states is None:
             found = self._cache.read(batch)
-            if found is not None:
+            missing = self._anywhere(found is None)
+            if found is not None and not missing:
                 return TopK(batch.pick(found.logp), batch.pick(found.ids)), []
         hidden = self._teacher(batch, masks).flatten(0, 1)  # (B T, E)
         states = self._states.take() if self._states else []

@@ -98,6 +98,18 @@ def test_a_sharded_run_resumes_alone_and_back(tmp_path, material):
     assert curve(tmp_path / "run") == pytest.approx(curve(tmp_path / "whole"), abs=1e-4)
 
 
+def test_a_cache_that_one_process_lacks(tmp_path, material):
+    """A sharded teacher runs on all processes or on none."""
+    config = write_config(tmp_path / "c.yaml", tmp_path / "unused", *material)
+    common = ["stage2", str(config), "--optim.micro_batch", "1", "--run.sharding", "fsdp2"]
+    common += ["--stage2.top_k", "16", "--stage2.cache", str(tmp_path / "cache")]
+    launch(2, *common, "--output", str(tmp_path / "first"))
+    # Sequence 1 is the second process's.
+    (tmp_path / "cache" / "000000" / "000000001.safetensors").unlink()
+    launch(2, *common, "--output", str(tmp_path / "second"))
+    assert curve(tmp_path / "second") == curve(tmp_path / "first")
+
+
 def test_bf16_sharded(tmp_path, material):
     config = write_config(tmp_path / "c.yaml", tmp_path / "unused", *material)
     common = ["stage2", str(config), "--optim.micro_batch", "1", "--run.precision", "bf16"]
