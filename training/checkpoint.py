@@ -73,14 +73,20 @@ class Checkpoints:
         devices: of the run.
         data_hash: of its shards.
         provenance: what every checkpoint says of its origin.
+        models: what :func:`training.pairing.check_models` says of teacher and student.
     """
 
     def __init__(
-        self, config: Config, devices: Devices, data_hash: str, provenance: dict[str, Any]
+        self,
+        config: Config,
+        devices: Devices,
+        data_hash: str,
+        provenance: dict[str, Any],
+        models: dict[str, Any],
     ) -> None:
         self.folder = Path(config.output) / "checkpoints"
         self._config, self._devices, self._data_hash = config, devices, data_hash
-        self._provenance = provenance
+        self._provenance, self._models = provenance, models
 
     def newest(self) -> Path | None:
         """The last complete checkpoint of this run."""
@@ -153,6 +159,7 @@ class Checkpoints:
             "next_sequence": step * config.optim.batch,
             "optimizer_steps": optimizer_steps,
             "data_hash": self._data_hash,
+            "models": self._models,
             "config": flatten(config),
             "provenance": self._provenance,
         }
@@ -167,7 +174,7 @@ class Checkpoints:
         if path is None:
             return Resumed()
         state = read_state(path)
-        check_continuation(state, self._config, stage.name, self._data_hash)
+        check_continuation(state, self._config, stage.name, self._data_hash, self._models)
         weights, running = PartsReader(path, "weights-"), PartsReader(path, "optimizer-")
         have_moments = next(iter(running), None) is not None
         for name, parameter in stage.trained.items():

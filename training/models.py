@@ -24,11 +24,6 @@ from vllm_attnedit.edit.teacher import Teacher, open_teacher
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.hf import AttnEditForCausalLM
 
-# What teacher and student must share: everything but attention runs on both.
-_SHARED = (
-    "base_model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-    "intermediate_size", "vocab_size", "tie_word_embeddings", "rms_norm_eps", "rope_parameters",
-)  # fmt: skip
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -187,19 +182,6 @@ def student_config(source: str | None) -> AttnEditConfig:
         fix = "edit it first: attnedit edit TEACHER OUT --target gateswa"
         raise AttnEditError("student", f"{source} ({fields.get('model_type')})", fix)
     return AttnEditConfig.from_dict(fields)
-
-
-def check_pair(teacher: AttnEditConfig, student: AttnEditConfig) -> None:
-    """Refuse a student that was edited from another architecture.
-
-    Raises:
-        AttnEditError: naming the first field that differs.
-    """
-    for name in _SHARED:
-        mine, theirs = getattr(student, name, None), getattr(teacher, name, None)
-        if mine != theirs:
-            fix = f"the teacher has {theirs}: use the student that was edited from this teacher"
-            raise AttnEditError(f"student {name}", mine, fix)
 
 
 def load_tokenizer(source: str) -> Any:

@@ -9,7 +9,7 @@ from training.options import flatten
 from vllm_attnedit.errors import AttnEditError
 
 # Where things are and how they are computed may change between two parts of a run; what is computed
-# may not. The data itself is compared by its hash.
+# may not. Data and teacher are compared by what they hold, the student by its edit.
 FREE = (
     "teacher", "student", "output", "data.sources", "data.shards", "run.device", "run.attention",
     "run.compile", "run.gradient_checkpointing", "run.sharding", "run.minutes", "run.deterministic",
@@ -19,7 +19,13 @@ FREE = (
 _OF_STAGE = {"stage1": "stage2.", "stage2": "stage1."}
 
 
-def check_continuation(state: dict[str, Any], config: Config, stage: str, data_hash: str) -> None:
+def check_continuation(
+    state: dict[str, Any],
+    config: Config,
+    stage: str,
+    data_hash: str,
+    models: dict[str, Any] | None = None,
+) -> None:
     """Refuse to go on from a checkpoint under another configuration or with other data.
 
     Args:
@@ -27,6 +33,7 @@ def check_continuation(state: dict[str, Any], config: Config, stage: str, data_h
         config: of the run that would go on.
         stage: ``stage1`` or ``stage2``.
         data_hash: of its shards.
+        models: what :func:`training.pairing.check_models` says of them, if that is known.
 
     Raises:
         AttnEditError: naming the first option that differs, with the value to set it back to.
@@ -37,9 +44,22 @@ def check_continuation(state: dict[str, Any], config: Config, stage: str, data_h
     if state["data_hash"] != data_hash:
         fix = "resume with the data that the run began with, or name another output folder"
         raise AttnEditError("data", f"hash {data_hash[:12]}", fix)
+    _check_models(state.get("models", {}), models or {}, config)
     before = state["config"]
     for name, value in flatten(config).items():
         if name.startswith((*FREE, _OF_STAGE[stage])) or before.get(name, value) == value:
             continue
         fix = f"the run began with {before[name]}: set it back or name another output folder"
         raise AttnEditError(name, value, fix)
+
+
+def _check_models(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
+    if before.get("teacher") != now.get("teacher", before.get("teacher")):
+        fix = "the run began with a teacher of other weights: go on with that one"
+        raise AttnEditError("teacher", config.teacher, fix)
+    edit, changed = before.get("edit"), now.get("edit")
+    if not edit or not changed or edit == changed:
+        return
+    name = min(n for n in edit.keys() | changed.keys() if edit.get(n) != changed.get(n))
+    fix = f"the run's student has {edit.get(name)}: go on with that one"
+    raise AttnEditError(f"student {name}", changed.get(name), fix)

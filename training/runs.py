@@ -10,7 +10,6 @@ from training import attention
 from training.checkpoint import Checkpoints
 from training.config import Config
 from training.data import BatchStream, PackedSequences, ShardReader, prepare_shards
-from training.data.prepare import tokenizer_hash
 from training.distill import DistillStage
 from training.export import check_export, export
 from training.files import disk_errors
@@ -18,17 +17,12 @@ from training.layerwise import LayerwiseStage
 from training.loop import Loop, Outcome
 from training.models import (
     Trunk,
-    check_pair,
     load_student,
     load_teacher,
-    load_tokenizer,
-    student_config,
     student_folder,
-    student_tokenizer,
-    teacher_source,
-    unedited_config,
     unpack_student,
 )
+from training.pairing import check_models, check_tokenizers
 from training.parallel import Devices
 from training.progress import say as print_line
 from training.stage import Stage
@@ -64,14 +58,14 @@ def train(config: Config, stage_name: str) -> Outcome:
     config.student = devices.main_first(
         lambda: unpack_student(config.teacher, config.student, output)
     )
-    student = _check_models(config)
-    tokenizer = _check_tokenizers(config)
+    student, models = check_models(config)
+    tokenizer = check_tokenizers(config)
     folder = Path(config.data.shards or output / "shards")
     reader = devices.main_first(lambda: prepare_shards(config.data, folder, tokenizer, say))
     data = PackedSequences(reader, config.data.sequence_length, config.seed, config.optim.batch)
     say(f"data: {reader.tokens:,} tokens, {data.per_pass:,} sequences a pass")
 
-    stage = _make_stage(config, stage_name, student, devices, reader)
+    stage = _make_stage(config, stage_name, student, models["teacher"], devices, reader)
     trained = sum(parameter.numel() for parameter in stage.trained.values())
     say(f"{stage_name} on {devices.ranks} x {devices.device}: {trained:,} trained parameters")
     stream = BatchStream(
@@ -84,7 +78,8 @@ def train(config: Config, stage_name: str) -> Outcome:
         chunk=config.stage2.chunk_tokens if stage_name == "stage2" else 1,
         pin=devices.device.type == "cuda",
     )
-    checkpoints = Checkpoints(config, devices, reader.hash, provenance(config, devices, reader))
+    about = provenance(config, devices, reader)
+    checkpoints = Checkpoints(config, devices, reader.hash, about, models)
     outcome = Loop(stage, config, devices, stream, checkpoints, say).run()
     if not outcome.finished:
         say(
@@ -127,31 +122,13 @@ def _check_cache(config: Config, stage: str) -> None:
         raise AttnEditError("stage2.cache", config.stage2.cache, fix)
 
 
-def _check_models(config: Config) -> AttnEditConfig:
-    """The student's configuration, once it is known to fit the teacher."""
-    student = student_config(config.student)
-    with teacher_source(config.teacher) as opened:
-        teacher = unedited_config(opened.config)
-    check_pair(teacher, student)
-    longest = int(teacher.max_position_embeddings)
-    if config.data.sequence_length > longest:
-        fix = f"give at most {longest}, the teacher's longest context"
-        raise AttnEditError("data.sequence_length", config.data.sequence_length, fix)
-    return student
-
-
-def _check_tokenizers(config: Config) -> Any:
-    """The teacher's tokenizer, once it is known to be the student's as well."""
-    tokenizer = load_tokenizer(config.teacher)
-    other = student_tokenizer(student_folder(config.student))
-    if other is not None and tokenizer_hash(other) != tokenizer_hash(tokenizer):
-        fix = "edit the student again from this teacher: their tokenizers differ"
-        raise AttnEditError("student tokenizer", config.student, fix)
-    return tokenizer
-
-
 def _make_stage(
-    config: Config, name: str, student: AttnEditConfig, devices: Devices, reader: ShardReader
+    config: Config,
+    name: str,
+    student: AttnEditConfig,
+    fingerprint: str,
+    devices: Devices,
+    reader: ShardReader,
 ) -> Stage:
     form = attention.choose(config.run.attention, devices.device, config.run.precision)
     packed = attention.register()
@@ -166,7 +143,7 @@ def _make_stage(
     cache = None
     if config.stage2.cache:
         identity = {
-            "teacher": str(student.provenance.get("teacher_fingerprint", config.teacher)),
+            "teacher": fingerprint,
             "data": reader.hash,
             "order": config.seed,
             "length": config.data.sequence_length,

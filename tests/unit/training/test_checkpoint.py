@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.training.small import small_config, write_text
+from tests.unit.training.small import make_pair, small_config, write_text
 from training import loop
 from training.checkpoint import find_checkpoints, read_state
 from training.parts import PartsReader, write_parts
@@ -260,6 +260,25 @@ def test_what_changed_is_refused_by_name(tmp_path, pair, text):
     # How and where are free.
     changed = {"optim": {"micro_batch": 4}, "log": {"every": 1}, "checkpoint": {"keep": 5}}
     assert run(tmp_path, pair, text, "stage1", **changed).finished
+
+
+def test_another_teacher_or_student_is_refused(tmp_path, pair, text):
+    """Names and shapes are the same, what is computed is not."""
+    teacher, student = pair
+    nameless = shutil.copytree(student, tmp_path / "nameless")
+    about = json.loads((nameless / "config.json").read_text())
+    del about["provenance"]["teacher_fingerprint"]
+    (nameless / "config.json").write_text(json.dumps(about))
+    folder = tmp_path / "run"
+    run(folder, (teacher, nameless), text, "stage1", run={"minutes": 1e-9})
+    other, _ = make_pair(tmp_path / "other", seed=1)
+    with pytest.raises(AttnEditError, match=r"teacher: .*other weights"):
+        run(folder, (other, nameless), text, "stage1")
+    about["attention_edit"]["sliding_window"] = 16
+    (nameless / "config.json").write_text(json.dumps(about))
+    with pytest.raises(AttnEditError, match=r"student sliding_window: 16: .* has 8"):
+        run(folder, (teacher, nameless), text, "stage1")
+    assert run(folder, (teacher, student), text, "stage1").finished
 
 
 def test_metrics_forget_what_a_kill_left_unfinished(tmp_path):

@@ -102,6 +102,13 @@ def test_teacher_and_student_that_do_not_match(config, tmp_path, capsys, text):
     assert "attnedit edit" in plain
 
 
+def test_a_teacher_of_other_weights(config, tmp_path, capsys):
+    other, _ = make_pair(tmp_path / "a", seed=1)
+    line = refused(capsys, "stage2", config, "--teacher", other)
+    assert "student: " in line
+    assert "edited from this teacher" in line
+
+
 def test_tokenizers_that_do_not_match(config, tmp_path, capsys, pair):
     student = shutil.copytree(pair[1], tmp_path / "student")
     tokenizer = tiny_tokenizer()
