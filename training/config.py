@@ -208,7 +208,9 @@ class EvaluateConfig:
 
     label: str = option("model name in reports, such as smollm2-135m", "model")
     models: dict[str, str] = option(
-        "name: checkpoint; default: untrained (the student) and trained (<output>/model)", dict
+        "name: folder or edit; default: the student (untrained, or the stage that trained it) and "
+        "trained (<output>/model, or its edit.safetensors)",
+        dict,
     )
     baselines: list[Literal["sinks", "chosen"]] = option(
         "training-free rivals: the student's windows plus sinks on the unedited teacher; windows "

@@ -7,6 +7,7 @@ changes nothing, so one class, one kind of mask and one set of names serve both.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from training.data.batches import Batch
+from training.files import disk_errors, read_json, sha256_of, write_json
 from vllm_attnedit.config import AttentionEdit, AttnEditConfig
 from vllm_attnedit.edit import apply_edit
 from vllm_attnedit.edit.store import SafetensorsStore
@@ -141,12 +143,22 @@ def unpack_student(teacher: str, student: str | None, output: Path) -> str | Non
     Args:
         teacher: that the edit belongs to.
         student: a folder, or the file of an edit.
-        output: of the run; the applied edit becomes its folder ``student``.
+        output: of the run; the applied edit becomes its folder ``student``, made anew if the file
+            has changed.
     """
     if student is None or not Path(student).is_file():
         return student
-    folder = output / "student"
-    if not (folder / "config.json").is_file():
+    folder, about = output / "student", output / "student.json"
+    made = {"edit": sha256_of(Path(student)), "teacher": teacher}
+    known = read_json(about, "student") if about.is_file() else None
+    if known != made or not (folder / "config.json").is_file():
+        if known is None and folder.exists():
+            fix = "name another output folder: the edit is unpacked there, and this one exists"
+            raise AttnEditError("output", folder, fix)
+        with disk_errors(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(about, made)
         apply_edit(teacher, student, folder)
     return str(folder)
 

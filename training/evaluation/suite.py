@@ -13,12 +13,12 @@ import torch
 
 from training.config import Config
 from training.evaluation.intervals import Estimate
-from training.evaluation.passkey import run_passkey
+from training.evaluation.passkey import passkey_prompts, run_passkey
 from training.evaluation.report import write_report
 from training.evaluation.rows import Measurement, Table
-from training.evaluation.tasks import local_tasks, run_tasks
+from training.evaluation.tasks import check_tasks, run_tasks
 from training.evaluation.text import agreement, perplexity
-from training.evaluation.variants import TEACHER, Variant, make_variants
+from training.evaluation.variants import TEACHER, Variant, make_variants, unpack_edits
 from training.layer_choice import read_windows
 from training.models import load_tokenizer
 from training.parallel import Devices
@@ -40,6 +40,7 @@ def run_suite(config: Config) -> Path:
     tokenizer = load_tokenizer(config.teacher)
     suite = Suite(config, devices, tokenizer)
     suite.check()
+    unpack_edits(config)
     variants = make_variants(config, devices.device, devices.compute_dtype)
     teacher = variants[0].load()
     for variant in variants:
@@ -73,7 +74,9 @@ class Suite:
 
     def check(self) -> None:
         """Refuse what cannot be measured before hours are spent on the rest."""
-        local_tasks(self._config.task_files, self._config.tasks)
+        check_tasks(self._config.tasks, self._config.task_files, self._config.fewshot)
+        for length in self._config.passkey.lengths:
+            passkey_prompts(self._tokenizer, length, 0.0, 1)
         for name, path in self._config.perplexity.items():
             shortest = min([*self._config.lengths, self._config.agreement_length])
             read_windows(path, f"evaluate.perplexity.{name}", self._tokenizer, shortest, 1)
@@ -107,12 +110,15 @@ class Suite:
     ) -> Iterator[Measurement]:
         longest = int(teacher.config.max_position_embeddings)
         for name, path in self._config.perplexity.items():
-            for length in (length for length in self._config.lengths if length <= longest):
-                ids = self._windows(name, path, length)
+            for length in self._config.lengths:
+                ids = self._windows(name, path, length) if length <= longest else None
                 if ids is not None:
                     estimate = perplexity(model, ids)
                     what = f"perplexity {name} L{length}"
                     yield Measurement(what, "perplexity", "perplexity", estimate, (), False)
+                elif variant.name == TEACHER:
+                    reader = "the teacher reads" if length > longest else "the text"
+                    say(f"perplexity {name} L{length}: left out, longer than {reader}")
             if variant.name == TEACHER:
                 continue
             length = min(self._config.agreement_length, longest)

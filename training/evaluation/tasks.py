@@ -1,14 +1,10 @@
 """Log-likelihood tasks through the lm-evaluation-harness: local files, or tasks of its hub by name.
 
-A local task is a JSON-lines file whose records have one of three shapes: ``query``, ``choices``,
-``gold`` (multiple choice); ``context_options``, ``continuation``, ``gold`` (the context is what is
-chosen); ``context``, ``continuation`` (a last word). Each becomes a task description for the
-harness; nothing of the scoring is done here.
+Local tasks become task descriptions for the harness; nothing of the scoring is done here.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -18,11 +14,9 @@ from typing import Any
 
 import yaml
 
-from training.evaluation.intervals import Estimate, Z, mean_of
+from training.evaluation.intervals import Estimate, Z, mean_of, share_of
+from training.evaluation.local import PREFIX, local_tasks, task_description, task_records
 from vllm_attnedit.errors import AttnEditError
-
-PREFIX = "local_"
-METRICS = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
@@ -38,65 +32,34 @@ class Score:
     samples: tuple[float, ...]
 
 
-def task_description(name: str, file: Path) -> dict[str, Any]:
-    """The harness's description of a local task file.
+def check_tasks(names: Sequence[str], folder: str | None, fewshot: Sequence[int]) -> None:
+    """Refuse what cannot be measured, before anything is.
+
+    Args:
+        names: of tasks.
+        folder: of local task files.
+        fewshot: numbers of examples.
 
     Raises:
-        AttnEditError: if its records have none of the known shapes.
+        AttnEditError: for a name that is no task, and a file that cannot be used as one.
     """
-    try:
-        with file.open(encoding="utf-8") as lines:
-            record = json.loads(next(lines))
-    except (OSError, ValueError, StopIteration) as error:
-        raise AttnEditError("evaluate.task_files", file, f"give JSON lines ({error})") from error
-    found: dict[str, Any] = {
-        "task": PREFIX + name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
-        "test_split": "test",
-        # Examples come from the same file; the harness never shows a question to itself.
-        "fewshot_split": "test",
-        "target_delimiter": " ",
-        "fewshot_delimiter": "\n\n",
-        "metadata": {"version": 1},
-    }
-    accuracy = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in METRICS]
-    if {"query", "choices", "gold"} <= record.keys():
-        return found | {
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{query.strip()}}\nAnswer:",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "{{gold}}",
-            "metric_list": accuracy,
-        }
-    if {"context_options", "continuation", "gold"} <= record.keys():
-        return found | {
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{gold}}",
-            "doc_to_choice": "{{context_options}}",
-            "doc_to_target": "{{continuation}}",
-            "metric_list": accuracy[:1],
-        }
-    if {"context", "continuation"} <= record.keys():
-        return found | {
-            "output_type": "loglikelihood",
-            "doc_to_text": "{{context}}",
-            "doc_to_target": "{{continuation}}",
-            "metric_list": accuracy[:1],
-        }
-    fix = (
-        "give records with query, choices, gold; context_options, continuation, gold; or context, "
-    )
-    raise AttnEditError("evaluate.task_files", f"{file}: {sorted(record)}", f"{fix}continuation")
+    local = local_tasks(folder, names)
+    for file in local.values():
+        count = len(task_records(file))
+        if count <= max(fewshot, default=0):
+            fix = f"give fewer than {count}: {file} has {count} questions"
+            raise AttnEditError("evaluate.fewshot", max(fewshot), fix)
+    if len(local) < len(set(names)):
+        # Seconds to import, and to read thousands of descriptions.
+        from lm_eval.tasks import TaskManager
 
-
-def local_tasks(folder: str | None, names: Sequence[str]) -> dict[str, Path]:
-    """The files behind those names that are local tasks."""
-    if folder is None:
-        return {}
-    if not Path(folder).is_dir():
-        raise AttnEditError("evaluate.task_files", folder, "give a folder of .jsonl task files")
-    return {name: file for name in names if (file := Path(folder) / f"{name}.jsonl").is_file()}
+        known = TaskManager().all_tasks
+        for name in names:
+            if name not in local and name not in known:
+                fix = (
+                    "name a .jsonl file of evaluate.task_files, or a task of lm-evaluation-harness"
+                )
+                raise AttnEditError("evaluate.tasks", name, fix)
 
 
 def run_tasks(
@@ -115,7 +78,7 @@ def run_tasks(
     Args:
         model: on its device.
         tokenizer: of the model.
-        names: of tasks.
+        names: of tasks, as :func:`check_tasks` takes them.
         folder: of local task files.
         shots: examples in every prompt.
         limit: questions of each task.
@@ -123,9 +86,10 @@ def run_tasks(
         seed: of the choice of examples.
 
     Raises:
-        AttnEditError: for a name that is neither a local file nor a task of the harness.
+        AttnEditError: for data that cannot be loaded.
     """
     # Seconds to import.
+    from datasets.exceptions import DatasetNotFoundError
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -140,28 +104,26 @@ def run_tasks(
         others = len(local) < len(set(names))
         manager = TaskManager(include_path=descriptions, include_defaults=others)
         wanted = [PREFIX + name if name in local else name for name in names]
-        for name in wanted:
-            if name not in manager.all_tasks:
-                fix = (
-                    "name a .jsonl file of evaluate.task_files, or a task of lm-evaluation-harness"
-                )
-                raise AttnEditError("evaluate.tasks", name, fix)
         lm = HFLM(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch,
             max_length=model.config.max_position_embeddings,
         )  # fmt: skip
-        results = simple_evaluate(
-            model=lm,
-            tasks=wanted,
-            num_fewshot=shots,
-            limit=limit,
-            bootstrap_iters=0,
-            task_manager=manager,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        try:
+            results = simple_evaluate(
+                model=lm,
+                tasks=wanted,
+                num_fewshot=shots,
+                limit=limit,
+                bootstrap_iters=0,
+                task_manager=manager,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+        except (OSError, DatasetNotFoundError) as error:  # ConnectionError is an OSError
+            fix = f"check the network and HF_HUB_OFFLINE: {' '.join(str(error).split())}"
+            raise AttnEditError("evaluate.tasks", ", ".join(names), fix) from error
     return _scores(results)
 
 
@@ -177,7 +139,7 @@ def _scores(results: Any) -> dict[tuple[str, str], Score]:
             numbers = [s[metric] for s in samples if isinstance(s.get(metric), int | float)]
             if numbers and len(numbers) == len(samples):
                 observed = tuple(float(number) for number in numbers)
-                scores[name, metric] = Score(mean_of(observed), observed)
+                scores[name, metric] = Score(_estimate(observed), observed)
                 continue
             error = values.get(f"{metric}_stderr,none")
             spread = Z * error if isinstance(error, int | float) else None
@@ -185,3 +147,10 @@ def _scores(results: Any) -> dict[tuple[str, str], Score]:
             high = None if spread is None else value + spread
             scores[name, metric] = Score(Estimate(float(value), low, high, len(samples)), ())
     return scores
+
+
+def _estimate(observed: tuple[float, ...]) -> Estimate:
+    # The normal approximation gives a task without a hit an interval of no width.
+    if set(observed) <= {0.0, 1.0}:
+        return share_of(int(sum(observed)), len(observed))
+    return mean_of(observed)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,15 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from training.config import Config
+from training.export import EDIT_FILE, MODEL_FOLDER
 from training.layer_choice import choose_full_layers
-from training.models import load_student, load_teacher, student_config, teacher_source
+from training.models import (
+    load_student,
+    load_teacher,
+    student_config,
+    teacher_source,
+    unpack_student,
+)
 from vllm_attnedit.config import FULL, SLIDING, AttentionEdit, AttnEditConfig
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.hf import AttnEditForCausalLM
@@ -129,13 +137,27 @@ def make_variants(config: Config, device: torch.device, dtype: torch.dtype) -> l
 def model_sources(config: Config) -> dict[str, str]:
     """Checkpoints by name: those that were named, else the student before and after training.
 
-    Raises:
-        AttnEditError: if there is neither.
+    A student that a stage has trained before goes by the name of that stage.
     """
     if config.evaluate.models:
         return config.evaluate.models
-    found = {"untrained": config.student} if config.student else {}
-    return {**found, "trained": f"{config.output}/model"}
+    found = {}
+    if config.student:
+        stage = student_config(config.student).provenance.get("stage", "edit")
+        found["untrained" if stage == "edit" else str(stage)] = config.student
+    return {**found, "trained": f"{config.output}/{MODEL_FOLDER}"}
+
+
+def unpack_edits(config: Config) -> None:
+    """Apply edits that are files to the teacher, and point ``config`` to the folders."""
+    output = Path(config.output)
+    config.student = unpack_student(config.teacher, config.student, output)
+    models = config.evaluate.models
+    if not models and not (output / MODEL_FOLDER).exists() and (output / EDIT_FILE).is_file():
+        models |= model_sources(config) | {"trained": str(output / EDIT_FILE)}
+    for name, source in models.items():
+        folder = unpack_student(config.teacher, source, output / "unpacked" / name)
+        models[name] = str(folder)
 
 
 def describe_edit(config: AttnEditConfig) -> str:

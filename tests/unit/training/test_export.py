@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -10,10 +12,11 @@ from tests.unit.training.small import make_pair, small_config
 from training.checkpoint import find_checkpoints
 from training.commands import export_newest
 from training.export import export
+from training.models import unpack_student
 from training.parts import PartsReader
 from training.runs import train
 from vllm_attnedit.config import AttnEditConfig
-from vllm_attnedit.edit import apply_edit
+from vllm_attnedit.edit import apply_edit, save_edit
 from vllm_attnedit.edit.store import SafetensorsStore
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.tensors import expected_tensors
@@ -72,6 +75,26 @@ def test_an_edit_alone_gives_back_the_model(tmp_path, pair, text):
     assert train(config, "stage2").finished
     assert (tmp_path / "next" / "edit.safetensors").is_file()
     assert not (tmp_path / "next" / "model").exists()
+
+
+def test_an_edit_that_changed_is_unpacked_anew(tmp_path, pair, text):
+    train(small_config(tmp_path / "run", *pair, text, checkpoint={"export": "both"}), "stage1")
+    edit = shutil.copy(tmp_path / "run" / "edit.safetensors", tmp_path / "edit.safetensors")
+    folder = unpack_student(str(pair[0]), str(edit), tmp_path / "there")
+    first = logits(folder)
+    unpacked_at = (tmp_path / "there" / "student" / "config.json").stat().st_mtime_ns
+    assert unpack_student(str(pair[0]), str(edit), tmp_path / "there") == folder
+    assert (tmp_path / "there" / "student" / "config.json").stat().st_mtime_ns == unpacked_at
+    save_edit(pair[1], tmp_path / "untrained.safetensors")
+    shutil.copy(tmp_path / "untrained.safetensors", edit)
+    assert unpack_student(str(pair[0]), str(edit), tmp_path / "there") == folder
+    assert torch.equal(logits(folder), logits(pair[1]))
+    assert not torch.equal(logits(folder), first)
+    # A folder that something else made is left alone.
+    (tmp_path / "other" / "student").mkdir(parents=True)
+    for _ in range(2):
+        with pytest.raises(AttnEditError, match=r"output: .*student.*another"):
+            unpack_student(str(pair[0]), str(edit), tmp_path / "other")
 
 
 def test_a_run_may_leave_its_checkpoint_alone(tmp_path, pair, text):

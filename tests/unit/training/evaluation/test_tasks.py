@@ -11,8 +11,9 @@ import torch
 
 from tests.unit.tiny import tiny_tokenizer
 from tests.unit.training.evaluation.tasks import TASKS
+from training.evaluation.intervals import mean_of, share_of
 from training.evaluation.passkey import passkey_found, passkey_prompts
-from training.evaluation.tasks import run_tasks
+from training.evaluation.tasks import _scores, check_tasks, run_tasks
 from training.models import load_tokenizer
 from vllm_attnedit.errors import AttnEditError
 
@@ -106,13 +107,66 @@ def test_local_tasks_score_as_by_hand(pair, teacher, task_files):
     assert found["words", "acc"].samples == tuple(right)
 
 
-def test_bad_tasks(pair, teacher, task_files):
+def test_examples_are_other_questions_with_their_answers(pair, teacher, task_files, monkeypatch):
+    asked: list[tuple[str, str]] = []
+
+    def note(_self, requests, **_):
+        asked.extend(request.args for request in requests)
+        return [(0.0, False)] * len(requests)
+
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM.loglikelihood", note)
     tokenizer = load_tokenizer(str(pair[0]))
-    options: dict[str, Any] = {"shots": 0, "limit": None, "batch": 1, "seed": 0}
+    options: dict[str, Any] = {"shots": 5, "limit": None, "batch": 1, "seed": 0}
+    run_tasks(teacher, tokenizer, ["choices"], folder=str(task_files), **options)
+    rows = TASKS["choices"]
+    solved = [f"{row['query']}\nAnswer: {row['choices'][row['gold']]}" for row in rows]
+    assert len(asked) == sum(len(row["choices"]) for row in rows)
+    for number, (context, _answer) in enumerate(asked):
+        *examples, question = context.split("\n\n")
+        own = number // 3
+        assert question == f"{rows[own]['query']}\nAnswer:"
+        assert sorted(examples) == sorted(solved[:own] + solved[own + 1 :])
+
+
+def test_no_hit_still_has_an_interval():
+    observed = {"acc": [0.0, 0.0, 0.0], "score": [0.5, 1.0, 0.5]}
+    samples = [{"doc_id": i} | {n: v[i] for n, v in observed.items()} for i in range(3)]
+    values = {"acc,none": 0.0, "score,none": 2 / 3}
+    found = _scores({"results": {"local_x": values}, "samples": {"local_x": samples}})
+    assert found["x", "acc"].estimate == share_of(0, 3)
+    assert found["x", "score"].estimate == mean_of([0.5, 1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (['{"question": "?"}'], r"odd\.jsonl, line 1.*query"),
+        ([""], r"odd\.jsonl.*empty"),
+        (["{broken"], r"odd\.jsonl, line 1.*JSON"),
+        (['{"context": "a", "continuation": "b"}', "[1]"], r"line 2.*context, continuation"),
+        (['{"query": "a", "choices": ["b", "c"], "gold": 2}'], r"line 1: gold 2.*0 to 1"),
+    ],
+)
+def test_bad_task_files(task_files, lines, words):
+    (task_files / "odd.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(AttnEditError, match=words):
+        check_tasks(["odd"], str(task_files), [0])
+
+
+def test_bad_tasks(pair, teacher, task_files, monkeypatch):
+    check_tasks(["choices", "arc_easy"], str(task_files), [0, 5])
     with pytest.raises(AttnEditError, match=r"evaluate\.tasks: nonsense"):
-        run_tasks(teacher, tokenizer, ["nonsense"], folder=str(task_files), **options)
-    (task_files / "odd.jsonl").write_text('{"question": "?"}\n')
-    with pytest.raises(AttnEditError, match=r"odd\.jsonl.*query"):
-        run_tasks(teacher, tokenizer, ["odd"], folder=str(task_files), **options)
+        check_tasks(["choices", "nonsense"], str(task_files), [0])
     with pytest.raises(AttnEditError, match=r"evaluate\.task_files"):
-        run_tasks(teacher, tokenizer, ["choices"], folder=str(task_files / "no"), **options)
+        check_tasks(["choices"], str(task_files / "no"), [0])
+    with pytest.raises(AttnEditError, match=r"evaluate\.fewshot: 2.*has 2 questions"):
+        check_tasks(["choices", "words"], str(task_files), [0, 2])
+
+    def unreachable(**_):
+        raise ConnectionError("Couldn't reach\nthe hub")
+
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", unreachable)
+    options: dict[str, Any] = {"shots": 0, "limit": None, "batch": 1, "seed": 0}
+    with pytest.raises(AttnEditError, match=r"evaluate\.tasks: arc_easy.*network") as raised:
+        run_tasks(teacher, load_tokenizer(str(pair[0])), ["arc_easy"], folder=None, **options)
+    assert "\n" not in str(raised.value)

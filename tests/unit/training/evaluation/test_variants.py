@@ -10,8 +10,15 @@ import torch
 from transformers import AttentionInterface
 
 from tests.unit.training.small import ids_of, make_pair, small_config
-from training.evaluation.variants import SINKS, make_variants, sink_attention, window_edit
-from training.models import load_teacher
+from training.evaluation.variants import (
+    SINKS,
+    make_variants,
+    sink_attention,
+    unpack_edits,
+    window_edit,
+)
+from training.models import load_teacher, student_config
+from training.runs import train
 from vllm_attnedit.errors import AttnEditError
 
 
@@ -65,6 +72,22 @@ def test_variants_need_their_checkpoints(tmp_path, pair, text, latent_pair):
     config = small_config(tmp_path / "run", *latent_pair, text, evaluate=options)
     with pytest.raises(AttnEditError, match=r"evaluate\.baselines"):
         make_variants(config, torch.device("cpu"), torch.float32)
+
+
+def test_a_trained_student_goes_by_its_stage_and_edits_are_unpacked(tmp_path, pair, text):
+    train(small_config(tmp_path / "one", *pair, text), "stage1")
+    half = tmp_path / "one" / "model"
+    alone = small_config(tmp_path / "two", pair[0], half, text, checkpoint={"export": "edit"})
+    train(alone, "stage2")
+    unpack_edits(alone)
+    names = [v.name for v in make_variants(alone, torch.device("cpu"), torch.float32)]
+    assert names == ["teacher", "stage1", "trained"]
+    trained = student_config(alone.evaluate.models["trained"])
+    assert trained.provenance["stage"] == "stage2"
+    fresh = small_config(tmp_path / "one", *pair, text)
+    unpack_edits(fresh)
+    names = [v.name for v in make_variants(fresh, torch.device("cpu"), torch.float32)]
+    assert names == ["teacher", "untrained", "trained"]
 
 
 def test_families(tmp_path):
