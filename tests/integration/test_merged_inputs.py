@@ -53,3 +53,14 @@ def test_elsewhere_each_projection_is_a_product_of_its_own(tmp_path: Path):
     model = tiny_edited("llama", tiny_edit("mla", gate="headwise"))
     with engine(tiny_edited_checkpoint(model, tmp_path)) as llm:
         assert llm.apply_model(rows) == [[]]
+
+
+def test_with_weights_in_host_memory_each_projection_is_a_product_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """vLLM moves each layer's weight away before it is loaded: a joint one would stay empty."""
+    platform = SimpleNamespace(is_cuda=lambda: True)
+    monkeypatch.setattr(merged_inputs, "current_platform", platform)
+    model = tiny_edited("llama", tiny_edit("mla", gate="headwise"))
+    with engine(tiny_edited_checkpoint(model, tmp_path), cpu_offload_gb=1) as llm:
+        assert llm.apply_model(rows) == [[]]

@@ -16,6 +16,7 @@ from torch.nn import functional
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.offloader import NoopOffloader, get_offloader
 from vllm.platforms import current_platform
 
 ROW_MULTIPLE = 8
@@ -64,13 +65,16 @@ def merge_inputs(
     ``None``.
 
     They cannot where a layer is quantised or has a bias, with LoRA adapters (which wrap each layer
-    on its own), and where vLLM replaces the product itself: on other platforms than CUDA and in
-    its batch-invariant mode.
+    on its own), with weights kept in the host's memory (which are moved there one by one, before
+    they are loaded: the joint weight would stay empty), and where vLLM replaces the product itself:
+    on other platforms than CUDA and in its batch-invariant mode.
     """
     there = [layer for layer in layers if layer is not None]
     if not current_platform.is_cuda() or envs.VLLM_BATCH_INVARIANT:
         return None
-    if vllm_config.lora_config is not None or len(there) < 2:
+    if vllm_config.lora_config is not None or not isinstance(get_offloader(), NoopOffloader):
+        return None
+    if len(there) < 2:
         return None
     for layer in there:
         if not isinstance(layer.quant_method, UnquantizedLinearMethod) or layer.bias is not None:
