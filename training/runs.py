@@ -62,6 +62,9 @@ def train(config: Config, stage_name: str) -> Outcome:
     tokenizer = check_tokenizers(config)
     folder = Path(config.data.shards or output / "shards")
     reader = devices.main_first(lambda: prepare_shards(config.data, folder, tokenizer, say))
+    if config.data.loss_on == "answers" and not reader.manifest["answer_tokens"]:
+        fix = "set it to all: the chat template of this tokenizer leaves no answer as it is"
+        raise AttnEditError("data.loss_on", "answers", fix)
     data = PackedSequences(reader, config.data.sequence_length, config.seed, config.optim.batch)
     say(f"data: {reader.tokens:,} tokens, {data.per_pass:,} sequences a pass")
 

@@ -68,7 +68,9 @@ def tokenize_chat(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of a conversation, and which of them the assistant wrote.
 
-    The end-of-turn token after an answer counts as the assistant's: it has to learn to stop.
+    The end-of-turn token after an answer counts as the assistant's: it has to learn to stop. An
+    answer that the template rewrites, such as one whose reasoning it drops, is not marked: it is
+    not what the assistant would have said there.
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
@@ -79,21 +81,23 @@ def tokenize_chat(
         ids (T,) int64 and flags (T,) bool.
 
     Raises:
-        AttnEditError: if the tokenizer has no template, or one that rewrites earlier turns.
+        AttnEditError: if the tokenizer has no template, or one that refuses the conversation.
     """
     text = _render(tokenizer, messages, False, where)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts = [_render(tokenizer, messages[:i], True, where) for i in turns]
+    starts = [len(prompt) if text.startswith(prompt) else None for prompt in prompts]
     spans: list[tuple[int, int]] = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for place, (turn, start) in enumerate(zip(turns, starts)):
+        if start is None:
             continue
-        before = _render(tokenizer, messages[:i], True, where)
-        start = len(before)
-        content = message["content"].strip()
-        found = text.find(content, start)
-        if not text.startswith(before) or found < 0:
-            fix = "set data.loss_on: all for this source: the template rewrites earlier turns"
-            raise AttnEditError(where, f"answer {i} not found in the rendered chat", fix)
-        spans.append((start, found + len(content)))
+        content = messages[turn]["content"].strip()
+        following = next((s for s in starts[place + 1 :] if s is not None), len(text))
+        found = text.find(content, start, following)
+        # Behind a special token, such as the end of this turn, somebody else speaks.
+        between = text[start : max(found, start)]
+        if found >= 0 and not any(token in between for token in tokenizer.all_special_tokens):
+            spans.append((start, found + len(content)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = np.asarray(encoded["input_ids"], dtype=np.int64)
     offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)

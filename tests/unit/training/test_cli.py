@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.unit.tiny import tiny_tokenizer
-from tests.unit.training.small import make_pair, small_config, write_text
+from tests.unit.training.small import make_pair, small_config, write_chats, write_text
 from training.cli import main
 from training.options import flatten
 
@@ -107,6 +107,22 @@ def test_a_teacher_of_other_weights(config, tmp_path, capsys):
     line = refused(capsys, "stage2", config, "--teacher", other)
     assert "student: " in line
     assert "edited from this teacher" in line
+
+
+def test_answers_that_no_template_shows(config, tmp_path, capsys, pair):
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in pair]
+    tokenizer = tiny_tokenizer()
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template.replace("message['content']", "message['content'] | upper")
+    for folder in folders:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        tokenizer.save_pretrained(folder)
+    arguments = ["--teacher", folders[0], "--student", folders[1]]
+    arguments += ["--data.sources.0.kind", "chat", "--data.sources.0.path"]
+    arguments += [write_chats(tmp_path / "chats.jsonl", 60), "--data.loss_on"]
+    line = refused(capsys, "stage2", config, *arguments, "answers")
+    assert "data.loss_on: answers: set it to all" in line
+    main([str(a) for a in ["stage2", config, *arguments, "all", "--run.minutes", "1e-9"]])
 
 
 def test_tokenizers_that_do_not_match(config, tmp_path, capsys, pair):

@@ -47,6 +47,20 @@ def test_an_answer_that_repeats_the_question_is_found_behind_it():
     assert tokenizer.decode(ids[answers].tolist()) == "rain<|im_end|>"
 
 
+def test_an_answer_that_the_template_rewrites_is_not_marked():
+    tokenizer = tiny_tokenizer()
+    # As templates do that drop the reasoning of all answers but the last.
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'] if loop.last or message['role'] == 'user' else 'land' }}",
+    )
+    ids, answers = tokenize_chat(tokenizer, CHAT, "here")
+    assert tokenizer.decode(ids[answers].tolist()) == "in anger<|im_end|>"
+    # Nor are the same words where somebody else says them.
+    ids, answers = tokenize_chat(tokenizer, [*CHAT[:2], CHAT[1] | {"role": "user"}, CHAT[3]], "x")
+    assert tokenizer.decode(ids[answers].tolist()) == "in anger<|im_end|>"
+
+
 def test_both_spellings_of_conversations():
     values = [{"from": "gpt", "value": "lost"}, {"from": "human", "value": "hi"}]
     values += [{"from": "gpt", "value": "ho"}, {"from": "observer", "value": "x"}]
