@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import Popen
+from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 from benchmarks.provenance import provenance
@@ -23,8 +23,11 @@ from examples.quickstart.processes import errors_or_end, process_group
 from vllm_attnedit.errors import AttnEditError
 
 _POLL_S = 0.5
-_STOP_S = 15.0
+_STOP_S = 30.0
 """Kept of a budget: to end what runs over, and to note it."""
+_PATIENCE_S = 25.0
+"""Of these, for a command that is asked to end: it may have a server to end, which nobody else
+would."""
 _ENOUGH = 10
 """Times its own time that a command may take where there is no limit."""
 
@@ -92,8 +95,7 @@ class Runner:
                 if self._running:
                     time.sleep(_POLL_S)
         finally:
-            for one in list(self._running):
-                self._end(one, "stopped")
+            self._stop()
 
     def _state(self, job: Job) -> str:
         return str(self.states.get(job.name, {}).get("state", ""))
@@ -141,13 +143,23 @@ class Runner:
         return {core for at in first for core in cores[at : at + each]} or set(cores)
 
     def _reap(self) -> None:
-        """Note the jobs that ended, and end those that are out of time."""
+        """Note the jobs that ended, and end the others when time is up."""
         for one in list(self._running):
             status = one.process.poll()
             if status is not None:
                 self._end(one, "failed" if status else "done")
-            elif self._left() < 0:
-                self._end(one, "stopped")
+        if self._left() < 0:
+            self._stop()
+
+    def _stop(self) -> None:
+        """End all jobs, all at once: each by itself as long as it is given, then its group."""
+        for one in self._running:
+            one.process.terminate()
+        deadline = time.monotonic() + _PATIENCE_S
+        for one in list(self._running):
+            with contextlib.suppress(TimeoutExpired):
+                one.process.wait(max(0.0, deadline - time.monotonic()))
+            self._end(one, "stopped")
 
     def _end(self, one: _Running, state: str) -> None:
         one.group.close()
