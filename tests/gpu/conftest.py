@@ -14,3 +14,5 @@ def own_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     # Compiled graphs of another test or of older code are never taken.
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm-cache"))
+    # vLLM's own Triton kernels, of experts above all, would round float32 to TF32.
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
