@@ -29,14 +29,6 @@ pytestmark = [
 WINDOW = 32
 LENGTHS = (1, 7, WINDOW, WINDOW + 1, 100, 333)
 STEPS = 48
-# Others may use the machine's GPUs through NVLink multicast, whose misuse stops them all.
-QUIET = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"}
-
-
-@pytest.fixture(autouse=True)
-def _without_multicast(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in QUIET.items():
-        monkeypatch.setenv(name, value)
 
 
 def full_size(target: str) -> Any:
