@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def compare(
         AttnEditError: for options that do not fit.
         CommandFailed: if a run fails.
     """
+    began = time.monotonic()
     config = make_config(
         source, overrides, target=target, layers=layers, devices=devices, steps=steps, tail=tail,
         out=out,
@@ -96,7 +98,9 @@ def compare(
     scaling = Scaling(config, devices, steps, tail, out)
     complete = False
     try:
-        complete = run_all(scaling, budget_s)
+        # Making up a large model takes a part of it.
+        left = None if budget_s is None else budget_s - (time.monotonic() - began)
+        complete = run_all(scaling, left)
     finally:
         label = f"{source} {target}" if isinstance(source, str) else source.stem
         found = rows(scaling, label, tolerance)

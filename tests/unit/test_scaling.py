@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.models import TEACHERS
+from benchmarks.scaling import command as scaling_command
 from benchmarks.scaling import runs
 from benchmarks.scaling.command import compare, make_config, source_of
 from benchmarks.scaling.report import distance, rows, speed_of, table
@@ -211,3 +213,25 @@ def test_a_failed_run_leaves_what_there_is(
     assert not document["complete"]
     assert [row["metric"] for row in document["rows"]] == ["tokens per second"]
     assert {"machine", "versions", "commit", "command", "date"} <= set(document["provenance"])
+
+
+def test_making_up_the_model_counts_in_the_budget(
+    tiny_dims: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[float] = []
+
+    def slow(*args: Any, **options: Any) -> Any:
+        time.sleep(0.3)
+        return make_config(*args, **options)
+
+    def note(_scaling: Scaling, budget_s: float) -> bool:
+        left.append(budget_s)
+        return False
+
+    monkeypatch.setattr(scaling_command, "make_config", slow)
+    monkeypatch.setattr(scaling_command, "run_all", note)
+    compare(
+        tiny_dims, [*SIZES, "--optim.batch", "2", *CPU], target="gateswa", layers=None, devices=2,
+        steps=6, tail=2, tolerance=1e-3, out=tmp_path, result=tmp_path / "r.json", budget_s=100.0,
+    )  # fmt: skip
+    assert 50 < left[0] <= 99.7
