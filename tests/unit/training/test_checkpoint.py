@@ -106,6 +106,22 @@ def test_a_resumed_run_repeats_every_bit(tmp_path, pair, text, stage, monkeypatc
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def test_random_numbers_go_on_where_they_were(tmp_path, pair, text, monkeypatch):
+    original, drawn = loop.Loop._step, []
+
+    def step(self, *arguments):
+        drawn.append(torch.rand(1).item())
+        return original(self, *arguments)
+
+    monkeypatch.setattr(loop.Loop, "_step", step)
+    run(tmp_path / "whole", pair, text, "stage1")
+    whole = drawn.copy()
+    drawn.clear()
+    run(tmp_path / "cut", pair, text, "stage1", run={"minutes": 1e-9})
+    run(tmp_path / "cut", pair, text, "stage1")
+    assert drawn == whole
+
+
 def test_old_checkpoints_go_and_finished_runs_stay(tmp_path, pair, text, capsys):
     outcome = run(tmp_path, pair, text, "stage1", checkpoint={"every_steps": 1, "keep": 3})
     names = [path.name for path in find_checkpoints(tmp_path / "checkpoints")]
