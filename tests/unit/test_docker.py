@@ -42,6 +42,16 @@ def test_images_run_as_nobody_special_and_tell_their_health(path: Path) -> None:
     ]
     assert sources
     assert all((ROOT / source).exists() for source in sources)
+    assert "." not in sources  # a checkout may hold checkpoints
+
+
+def test_nothing_is_fetched_by_what_runs() -> None:
+    for path in DOCKERFILES:
+        if path.parent.name != "locust":
+            assert "HF_HUB_OFFLINE=1" in path.read_text()
+    grafana = COMPOSE["services"]["grafana"]["environment"]
+    assert grafana["GF_PLUGINS_PREINSTALL_DISABLED"] == "true"
+    assert grafana["GF_ANALYTICS_CHECK_FOR_UPDATES"] == "false"
 
 
 def test_the_cuda_image_is_the_host_that_is_supported() -> None:
