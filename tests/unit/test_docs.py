@@ -1,0 +1,130 @@
+"""README and docs hold to the repository: links, paths, committed results and their numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+FIRST_FOLDERS = ("benchmarks", "docker", "docs", "examples", "requirements", "scripts", "tests")
+PACKAGES = ("training", "vllm_attnedit")
+INSIDE_PLUGIN = ("backends", "hf", "kv_cache", "layers", "models", "ops")
+
+
+def anchors(page: str) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.+)$", prose, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        found = page.parent / path if path else page
+        if not found.exists() or (anchor and anchor not in anchors(found.read_text())):
+            broken.append(target)
+    return broken
+
+
+def missing_paths(text: str) -> list[str]:
+    """Paths of this repository in backticks or in commands that lead nowhere."""
+    missing = []
+    first = "|".join((*FIRST_FOLDERS, *PACKAGES, *INSIDE_PLUGIN))
+    for name in re.findall(rf"(?<![\w./-])(?:{first})/[\w./*{{}},-]*\w(?:\.\w+)?", text):
+        base = ROOT / "vllm_attnedit" if name.split("/")[0] in INSIDE_PLUGIN else ROOT
+        outer, inner = re.fullmatch(r"([^{]*)(?:\{(.*)\}.*)?", name).groups()  # type: ignore[union-attr]
+        names = [outer + part + ".py" for part in inner.split(",")] if inner else [name]
+        missing += [each for each in names if not any(base.glob(each))]
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    assert broken_links(page, text) == []
+    code = re.findall(r"^```.*?^```|`[^`\n]+`", text, re.S | re.M)
+    # What a command writes need not be there.
+    assert missing_paths(re.sub(r"--(out|result) \S+", "", "\n".join(code))) == []
+
+
+def test_the_search_for_broken_references_finds_them() -> None:
+    assert broken_links(ROOT / "README.md", "[a](docs/none.md), [b](docs/serving.md#none)")
+    assert not broken_links(ROOT / "README.md", "[a](docs/serving.md#kernels-for-mla)")
+    assert missing_paths("docs/none.md, ops/none.py, vllm_attnedit/edit/{latent,none}.py") == [
+        "docs/none.md",
+        "ops/none.py",
+        "vllm_attnedit/edit/none.py",
+    ]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_say_where_they_come_from(path: Path) -> None:
+    result = json.loads(path.read_text())
+    origin = result["provenance"]
+    for field in ("machine", "commit", "command", "date"):
+        assert isinstance(origin[field], str), field
+        assert origin[field], field
+    assert {"python", "torch"} <= set(origin["versions"])
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes|-dirty)?", origin["commit"])
+    assert result["rows"]
+    for row in result["rows"]:
+        assert {"case", "metric", "value", "unit", "control"} <= set(row), row
+        # Goodput may be nothing at all: it has a share of the requests instead of a ratio.
+        assert "ratio" in row or (row["metric"] == "goodput" and "share" in row), row
+        assert all(isinstance(row[field], str) for field in ("case", "metric", "unit"))
+        assert isinstance(row["value"], int | float)
+        assert row.get("ratio") is None or (row["control"] and row["ratio"] > 0)
+
+
+def test_every_result_is_named_in_the_docs() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    assert RESULTS
+    assert [path.stem for path in RESULTS if path.stem not in text] == []
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((ROOT / "benchmarks" / "results" / name).read_text())[
+        "rows"
+    ]
+    return rows
+
+
+def test_the_table_of_latent_decode_on_cpu_is_that_of_the_result() -> None:
+    text = (ROOT / "docs" / "serving.md").read_text()
+    for row in _rows("mla_decode_cpu.json"):
+        seconds = [row["value"], row["control_value"], row["products_alone"]]
+        seconds += [row["vllm_mla_kernel"], row["fused_attention"]]
+        cells = ["" if value is None else f"{value * 1e3:.1f} ms" for value in seconds]
+        cells.insert(2, f"{row['ratio']:.1f}x")
+        assert f"| {' | '.join([row['case'].removeprefix('mla_decode cpu '), *cells])} |" in text
+
+
+def test_the_table_of_latent_decode_on_a_gpu_is_that_of_the_result() -> None:
+    text = re.sub(r"\*\*| tokens/s", "", (ROOT / "docs" / "serving.md").read_text())
+    rows = {(row["case"], row["metric"]): row for row in _rows("decode_rate_mla_h200.json")}
+    points = re.findall(
+        r"^\| (\d+) x ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| (\S+)x \| (\S+)x \|", text, re.M
+    )
+    assert len(points) == len(rows) / 4
+    for batch, length, full, mla, rate, ttft in points:
+        point = f"B{batch} L{length.replace(',', '')} W128"
+        (rate_full, rate_mla), (first_full, first_mla) = (
+            [
+                rows[f"decode_rate qwen3-8b {case} {point}", metric]["value"]
+                for case in ("full", "mla")
+            ]
+            for metric in ("decode_tokens_per_s", "ttft_s")
+        )
+        assert (full, mla) == (f"{rate_full:,.0f}", f"{rate_mla:,.0f}"), point
+        ratios = (f"{rate_mla / rate_full:.2f}", f"{first_mla / first_full:.2f}")
+        assert (rate, ttft) == ratios, point
