@@ -6,10 +6,6 @@ copies; in longer ones, values travel in registers, so that the next tile's load
 while this one is multiplied. Scores are formed transposed, keys by query rows: the matrix unit's
 64-row operand is then the tile of keys, and the few query rows are its narrow side.
 
-The tile starts at a page: entry i of the tile lies in page ``i // PAGE`` for every window, which
-spares the address arithmetic. What lies before the window in the first page makes room for the
-window's last tokens: the tile is a ring.
-
 Shapes: G query heads a KV head, D head width, M query rows (token, head), S keys of a tile.
 """
 
@@ -22,39 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
-
-@gluon.jit
-def _blocks(table_ptr, first_page, last_page, tile_start, wrap, ring, entry, PAGE: gl.constexpr):
-    """The blocks (S,) that hold a tile's entries."""
-    page = first_page + (tile_start + entry) // PAGE
-    page += gl.where(tile_start + entry < wrap, ring // PAGE, 0)
-    # Beyond the sequence the last page stands in: masked, but a block that exists.
-    return gl.load(table_ptr + gl.minimum(page, last_page))
-
-
-@gluon.jit
-def _pointers(
-    cache_ptr,
-    block,
-    kv_head,
-    entry,
-    dim,
-    PAGE: gl.constexpr,
-    STRIDE_BLOCK: gl.constexpr,
-    STRIDE_TOKEN: gl.constexpr,
-    STRIDE_HEAD: gl.constexpr,
-):
-    """Where a tile's entries (S, D) lie in a cache."""
-    slot = (entry % PAGE) * STRIDE_TOKEN + kv_head * STRIDE_HEAD
-    return cache_ptr + (block.to(gl.int64) * STRIDE_BLOCK + slot)[:, None] + dim[None, :]
-
-
-@gluon.jit
-def _held(tile_start, wrap, ring, end, entry, dim, WIDTH: gl.constexpr):
-    """Which of a tile's elements (S, D) belong to the window."""
-    position = tile_start + entry
-    position = gl.where(position < wrap, position + ring, position)
-    return (position < end)[:, None] & (dim[None, :] < WIDTH)
+from vllm_attnedit.ops.gateswa_decode.hopper_ring import blocks, in_window, pointers
 
 
 @gluon.jit
@@ -132,9 +96,9 @@ def hopper_kernel(
     k_shared = gl.allocate_shared_memory(dtype, [TILE, PADDED], shared)
     v_shared = gl.allocate_shared_memory(dtype, [TILE, PADDED], shared)
 
-    block = _blocks(table_ptr, first_page, last_page, 0, wrap, ring, entry, PAGE)
-    held = _held(0, wrap, ring, end, entry, dim, WIDTH)
-    keys = _pointers(
+    block = blocks(table_ptr, first_page, last_page, 0, wrap, ring, entry, PAGE)
+    held = in_window(0, wrap, ring, end, entry, dim, WIDTH)
+    keys = pointers(
         key_ptr, block, kv_head, entry, dim, PAGE, STRIDE_K_BLOCK, STRIDE_K_TOKEN, STRIDE_K_HEAD
     )
     if K_COPIED:
@@ -142,7 +106,7 @@ def hopper_kernel(
         async_copy.commit_group()
     else:
         k = gl.load(keys, mask=held, other=0.0)
-    values = _pointers(
+    values = pointers(
         value_ptr, block, kv_head, entry, dim, PAGE, STRIDE_V_BLOCK, STRIDE_V_TOKEN, STRIDE_V_HEAD
     )
     if V_COPIED:
@@ -151,7 +115,7 @@ def hopper_kernel(
     else:
         v = gl.load(values, mask=held, other=0.0)
     if not SINGLE:
-        block = _blocks(table_ptr, first_page, last_page, TILE, wrap, ring, entry, PAGE)
+        block = blocks(table_ptr, first_page, last_page, TILE, wrap, ring, entry, PAGE)
 
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, loads))
     q_offset = (query_start + row // GROUP).to(gl.int64) * stride_q_token
@@ -210,8 +174,8 @@ def hopper_kernel(
             # The next tile is asked for before this one's values are multiplied. The reduction
             # above is a barrier: all warps have read the keys.
             start = (tile + 1) * TILE
-            held = _held(start, wrap, ring, end, entry, dim, WIDTH) & (tile + 1 < tiles)
-            keys = _pointers(
+            held = in_window(start, wrap, ring, end, entry, dim, WIDTH) & (tile + 1 < tiles)
+            keys = pointers(
                 key_ptr,
                 block,
                 kv_head,
@@ -227,7 +191,7 @@ def hopper_kernel(
                 async_copy.commit_group()
             else:
                 k = gl.load(keys, mask=held, other=0.0)
-            values = _pointers(
+            values = pointers(
                 value_ptr,
                 block,
                 kv_head,
@@ -240,7 +204,7 @@ def hopper_kernel(
             )
             v = gl.load(values, mask=held, other=0.0)
             start += TILE
-            block = _blocks(table_ptr, first_page, last_page, start, wrap, ring, entry, PAGE)
+            block = blocks(table_ptr, first_page, last_page, start, wrap, ring, entry, PAGE)
         decay = gl.exp2(running_max - new_max)
         running_sum = running_sum * decay + gl.sum(weights, 0)
         running_max = new_max

@@ -13,126 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load_parts(
-    base,
-    head_offset,
-    head_ok,
-    WIDTH: tl.constexpr,
-    ROTARY: tl.constexpr,
-    HALF: tl.constexpr,
-    TAIL: tl.constexpr,
-    NEOX: tl.constexpr,
-):
-    """Heads in three parts, float32: the two halves that turn, and the rest, each masked."""
-    j = tl.arange(0, HALF)
-    half_ok = head_ok[:, None] & (j < ROTARY // 2)[None, :]
-    if ROTARY == 0:
-        a = tl.zeros([head_offset.shape[0], HALF], tl.float32)
-        b = a
-    elif NEOX:
-        at = base + head_offset[:, None] + j[None, :]
-        a = tl.load(at, mask=half_ok, other=0.0).to(tl.float32)
-        b = tl.load(at + ROTARY // 2, mask=half_ok, other=0.0).to(tl.float32)
-    else:
-        i = tl.arange(0, 2 * HALF)
-        both = tl.load(
-            base + head_offset[:, None] + i[None, :],
-            mask=head_ok[:, None] & (i < ROTARY)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        a, b = tl.split(tl.reshape(both, (head_offset.shape[0], HALF, 2)))
-    t = tl.arange(0, TAIL)
-    if ROTARY < WIDTH:
-        rest = tl.load(
-            base + head_offset[:, None] + ROTARY + t[None, :],
-            mask=head_ok[:, None] & (t < WIDTH - ROTARY)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-    else:
-        rest = tl.zeros([head_offset.shape[0], TAIL], tl.float32)
-    return a, b, rest
-
-
-@triton.jit
-def _store_parts(
-    base,
-    head_offset,
-    head_ok,
-    a,
-    b,
-    rest,
-    WIDTH: tl.constexpr,
-    ROTARY: tl.constexpr,
-    HALF: tl.constexpr,
-    TAIL: tl.constexpr,
-    NEOX: tl.constexpr,
-):
-    """The inverse of :func:`_load_parts`, rounding to the pointer's dtype."""
-    dtype: tl.constexpr = base.dtype.element_ty
-    j = tl.arange(0, HALF)
-    half_ok = head_ok[:, None] & (j < ROTARY // 2)[None, :]
-    if ROTARY > 0:
-        if NEOX:
-            at = base + head_offset[:, None] + j[None, :]
-            tl.store(at, a.to(dtype), mask=half_ok)
-            tl.store(at + ROTARY // 2, b.to(dtype), mask=half_ok)
-        else:
-            i = tl.arange(0, 2 * HALF)
-            both = tl.reshape(tl.join(a, b), (head_offset.shape[0], 2 * HALF))
-            tl.store(
-                base + head_offset[:, None] + i[None, :],
-                both.to(dtype),
-                mask=head_ok[:, None] & (i < ROTARY)[None, :],
-            )
-    if ROTARY < WIDTH:
-        t = tl.arange(0, TAIL)
-        tl.store(
-            base + head_offset[:, None] + ROTARY + t[None, :],
-            rest.to(dtype),
-            mask=head_ok[:, None] & (t < WIDTH - ROTARY)[None, :],
-        )
-
-
-@triton.jit
-def _finish(
-    a,
-    b,
-    rest,
-    weight_ptr,
-    cos_sin_ptr,
-    eps,
-    WIDTH: tl.constexpr,
-    ROTARY: tl.constexpr,
-    HALF: tl.constexpr,
-    TAIL: tl.constexpr,
-    NEOX: tl.constexpr,
-):
-    """RMS norm where there is a weight, then rotation where there are cosines."""
-    j = tl.arange(0, HALF)
-    if weight_ptr is not None:
-        square = tl.sum(a * a, 1) + tl.sum(b * b, 1) + tl.sum(rest * rest, 1)
-        scale = tl.rsqrt(square / WIDTH + eps)[:, None]
-        if ROTARY > 0:
-            step: tl.constexpr = 1 if NEOX else 2
-            shift: tl.constexpr = ROTARY // 2 if NEOX else 1
-            weight_a = tl.load(weight_ptr + j * step, mask=j < ROTARY // 2, other=0.0)
-            weight_b = tl.load(weight_ptr + j * step + shift, mask=j < ROTARY // 2, other=0.0)
-            a = a * scale * weight_a.to(tl.float32)[None, :]
-            b = b * scale * weight_b.to(tl.float32)[None, :]
-        if ROTARY < WIDTH:
-            t = tl.arange(0, TAIL)
-            weight_rest = tl.load(weight_ptr + ROTARY + t, mask=t < WIDTH - ROTARY, other=0.0)
-            rest = rest * scale * weight_rest.to(tl.float32)[None, :]
-    if ROTARY > 0:
-        cos = tl.load(cos_sin_ptr + j, mask=j < ROTARY // 2, other=0.0).to(tl.float32)[None, :]
-        sin = tl.load(cos_sin_ptr + ROTARY // 2 + j, mask=j < ROTARY // 2, other=0.0)
-        sin = sin.to(tl.float32)[None, :]
-        turned = a * cos - b * sin
-        b = b * cos + a * sin
-        a = turned
-    return a, b, rest
+from vllm_attnedit.ops.kv_write.heads import finish, load_parts, store_parts
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_tasks"])
@@ -197,7 +78,7 @@ def write_kernel(
         if part < Q_PARTS:
             head = part * H + tl.arange(0, H)
             ok = head < Q_HEADS
-            a, b, rest = _load_parts(
+            a, b, rest = load_parts(
                 q_ptr + token * stride_q_token,
                 head * stride_q_head,
                 ok,
@@ -207,10 +88,10 @@ def write_kernel(
                 TAIL,
                 NEOX,
             )
-            a, b, rest = _finish(
+            a, b, rest = finish(
                 a, b, rest, q_weight_ptr, cos_sin, eps, WIDTH, ROTARY, HALF, TAIL, NEOX
             )
-            _store_parts(
+            store_parts(
                 q_out_ptr + token * stride_q_out_token,
                 head * stride_q_out_head,
                 ok,
@@ -235,7 +116,7 @@ def write_kernel(
                 if needed:
                     head = (part - Q_PARTS) * H + tl.arange(0, H)
                     ok = head < KV_HEADS
-                    a, b, rest = _load_parts(
+                    a, b, rest = load_parts(
                         k_ptr + token * stride_k_token,
                         head * stride_k_head,
                         ok,
@@ -245,11 +126,11 @@ def write_kernel(
                         TAIL,
                         NEOX,
                     )
-                    a, b, rest = _finish(
+                    a, b, rest = finish(
                         a, b, rest, k_weight_ptr, cos_sin, eps, WIDTH, ROTARY, HALF, TAIL, NEOX
                     )
                     if STORE_K:
-                        _store_parts(
+                        store_parts(
                             k_out_ptr + token * stride_k_out_token,
                             head * stride_k_out_head,
                             ok,
@@ -267,7 +148,7 @@ def write_kernel(
                         a = a * factor
                         b = b * factor
                         rest = rest * factor
-                    _store_parts(
+                    store_parts(
                         key_ptr + block * STRIDE_K_BLOCK + offset * STRIDE_K_TOKEN,
                         head * STRIDE_K_HEAD,
                         ok & kept,
