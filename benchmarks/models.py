@@ -94,15 +94,25 @@ TEACHERS: dict[str, dict[str, Any]] = {
 
 
 def edit_for(
-    teacher: dict[str, Any], target: str, window: int = 128, gate: str | None = None
+    teacher: dict[str, Any],
+    target: str,
+    window: int = 128,
+    gate: str | None = None,
+    full_layers: tuple[int, ...] | None = None,
 ) -> AttentionEdit:
     """The default edit of a teacher: every sixth layer full, or latents of 512 + 64."""
-    plan = EditPlan(target=target, window=window if target == "gateswa" else None, gate=gate)
+    size = window if target == "gateswa" else None
+    plan = EditPlan(target=target, window=size, gate=gate, full_layers=full_layers)
     return build_edit(plan, SimpleNamespace(**teacher))
 
 
 def write_model(
-    name: str, target: str, folder: Path, window: int = 128, gate: str | None = None
+    name: str,
+    target: str,
+    folder: Path,
+    window: int = 128,
+    gate: str | None = None,
+    full_layers: tuple[int, ...] | None = None,
 ) -> Path:
     """Write ``config.json`` of a teacher (``target="full"``) or of its edit; returns the folder.
 
@@ -116,7 +126,7 @@ def write_model(
     else:
         config = AttnEditConfig(
             base_model_type=teacher["model_type"],
-            attention_edit=edit_for(teacher, target, window, gate),
+            attention_edit=edit_for(teacher, target, window, gate, full_layers),
             **{k: v for k, v in teacher.items() if k not in ("model_type", "architectures")},
         )
         config.save_pretrained(folder)

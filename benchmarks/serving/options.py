@@ -32,6 +32,8 @@ class System(_Options):
         window_backend: ``stock`` serves window layers by vLLM's own attention, gate outside.
         window_pages: ``packed`` or ``separate`` pages of window layers; ``auto`` is the default.
         gate: of window layers; a dimension of the edit, so ``full`` has none.
+        full_layers: of GateSWA, instead of its default ones; likewise.
+        fast_prefill: whether prompts skip the layers above the last of them.
         tensor_parallel: devices that one copy of the model is split over, all of ``server.devices``
             by default. With fewer, as many copies as fill them share the requests out.
         arguments: further ones for ``vllm serve``; what must be equal everywhere is refused.
@@ -42,6 +44,8 @@ class System(_Options):
     window_backend: Literal["auto", "stock"] = "auto"
     window_pages: Literal["auto", "separate", "packed"] = "auto"
     gate: Literal["headwise", "elementwise", "none"] | None = None
+    full_layers: tuple[int, ...] | None = None
+    fast_prefill: bool = False
     tensor_parallel: Positive | None = None
     arguments: tuple[str, ...] = ()
 
@@ -199,10 +203,8 @@ class Options(_Options):
                     f"not fill server.devices, {devices}, which all systems have: give a divisor"
                 )
         if not isinstance(self.repeat_control, bool):
-            served = {
-                workload.name for workload in self.workloads
-                if self.systems[0].name in (workload.systems or [self.systems[0].name])
-            }  # fmt: skip
+            control = self.systems[0].name
+            served = {w.name for w in self.workloads if control in (w.systems or [control])}
             if unknown := set(self.repeat_control) - served:
                 raise ValueError(f"repeat_control: no workload of the control: {sorted(unknown)}")
         known = {system.name for system in self.systems}
@@ -212,8 +214,7 @@ class Options(_Options):
                 raise ValueError(f"workloads: {workload.name} names no system: {sorted(unknown)}")
         if isinstance(self.model, dict) and set(self.model) != known:
             raise ValueError(f"model: give a folder for each of {sorted(known)}")
-        levels = [f"{workload.name}:{level:g}" for workload in self.workloads
-                  for level in workload.levels]  # fmt: skip
+        levels = [f"{one.name}:{level:g}" for one in self.workloads for level in one.levels]
         if self.measure.crosscheck not in (None, *levels):
             raise ValueError(f"measure.crosscheck: give one of {', '.join(levels)}")
         return self

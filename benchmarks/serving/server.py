@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
@@ -97,14 +98,15 @@ def command_of(system: System, server: Server, model: Path, name: str, port: int
     if server.enforce_eager:
         command.append("--enforce-eager")
     command += spread_of(system, server).arguments()
-    options: dict[str, str] = {}
+    options: dict[str, str | bool] = {}
     if system.window_backend != "auto":
         options["attnedit_window_backend"] = system.window_backend
     if system.window_pages != "auto":
         options["attnedit_window_pages"] = system.window_pages
+    if system.fast_prefill:
+        options["attnedit_fast_prefill"] = True
     if options:
-        pairs = ", ".join(f'"{key}": "{value}"' for key, value in options.items())
-        command += ["--additional-config", "{" + pairs + "}"]
+        command += ["--additional-config", json.dumps(options)]
     return [*command, *server.arguments, *system.arguments]
 
 

@@ -31,7 +31,8 @@ def prepare(options: Options, system: System, folder: Path) -> Path:
             raise AttnEditError(f"model.{system.name}", path, "give a checkpoint folder")
         return path
     gate = "" if system.gate is None else f"-{system.gate}"
-    out = folder / f"{options.model}-{system.edit}{gate}-{options.window}"
+    full = "" if system.full_layers is None else "-" + ".".join(map(str, system.full_layers))
+    out = folder / f"{options.model}-{system.edit}{gate}{full}-{options.window}"
     if (out / "config.json").is_file():
         return out
     if options.model == SMALL:
@@ -39,7 +40,7 @@ def prepare(options: Options, system: System, folder: Path) -> Path:
     if options.model not in TEACHERS:
         known = ", ".join([*TEACHERS, SMALL])
         raise AttnEditError("model", options.model, f"use {known}, or a folder for each system")
-    write_model(options.model, system.edit, out, options.window, gate=system.gate)
+    write_model(options.model, system.edit, out, options.window, system.gate, system.full_layers)
     write_tokenizer(out, TEACHERS[options.model]["vocab_size"])
     return out
 
@@ -81,6 +82,8 @@ def _edit_small(system: System, window: int, out: Path) -> Path:
     if system.edit == "gateswa":
         command += ["--window", str(window)]
         command += [] if system.gate is None else ["--gate", system.gate]
+        if system.full_layers is not None:
+            command += ["--full-layers", ",".join(map(str, system.full_layers))]
     out.parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -12,6 +12,7 @@ Shapes: T tokens, R requests, N query heads, K KV heads, D head width, B block s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_attnedit.backends.steps import chunk_requests, decode_query_len
+from vllm_attnedit.backends.steps import Step, chunk_requests, decode_query_len
 from vllm_attnedit.ops.sigmoid_gate import sigmoid_gate
 
 
@@ -47,6 +48,7 @@ class GateSWACPUMetadata(AttentionMetadata):
 
     pages: CPUAttentionMetadata
     scratch: Scratch | None  # None for a step of decodes
+    step: Step
 
 
 class GateSWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -70,13 +72,15 @@ class GateSWACPUMetadataBuilder(CPUAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> GateSWACPUMetadata:
         common = common_attn_metadata
+        step = Step(common, self.page_size, partial(self.build, 0))
         if common.max_query_len <= self.decode_query_len:
-            return GateSWACPUMetadata(super().build(common_prefix_len, common, fast_build), None)
+            pages = super().build(common_prefix_len, common, fast_build)
+            return GateSWACPUMetadata(pages, None, step)
         slots = common.slot_mapping
         # The null block takes no tokens: those leave the window by the chunk's end.
         stored = common.replace(slot_mapping=torch.where(slots < self.page_size, -1, slots))
         pages = super().build(common_prefix_len, stored, fast_build)
-        return GateSWACPUMetadata(pages, self._scratch(common))
+        return GateSWACPUMetadata(pages, self._scratch(common), step)
 
     def _scratch(self, common: CommonAttentionMetadata) -> Scratch:
         size = self.page_size

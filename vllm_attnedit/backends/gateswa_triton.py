@@ -11,6 +11,7 @@ Shapes: T tokens, R requests, N query heads, K KV heads, D head width.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +30,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_attnedit.backends.prologue import Prologue
-from vllm_attnedit.backends.steps import decode_query_len
+from vllm_attnedit.backends.steps import Step, decode_query_len
 from vllm_attnedit.ops.gateswa_decode import gateswa_decode
 from vllm_attnedit.ops.gateswa_prefill import gateswa_prefill
 from vllm_attnedit.ops.kv_write import kv_write
@@ -47,6 +48,7 @@ class GateSWAMetadata(AttentionMetadata):
     positions: Tensor  # (T,) int64
     block_table: Tensor  # (R, max_blocks) int32
     slot_mapping: Tensor  # (T,) int64; slots of the null block are not written
+    step: Step
 
 
 class GateSWAMetadataBuilder(AttentionMetadataBuilder[GateSWAMetadata]):
@@ -84,12 +86,20 @@ class GateSWAMetadataBuilder(AttentionMetadataBuilder[GateSWAMetadata]):
             positions=common.positions,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
+            step=Step(common, self.kv_cache_spec.block_size, partial(self.build, 0)),
         )
 
     def update_block_table(
         self, metadata: GateSWAMetadata, blk_table: Tensor, slot_mapping: Tensor
     ) -> GateSWAMetadata:
-        return replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)
+        step = metadata.step
+        common = step.common.replace(block_table_tensor=blk_table, slot_mapping=slot_mapping)
+        return replace(
+            metadata,
+            block_table=blk_table,
+            slot_mapping=slot_mapping,
+            step=replace(step, common=common),
+        )
 
 
 class GateSWAImpl(AttentionImpl[GateSWAMetadata]):

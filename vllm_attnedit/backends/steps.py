@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
 def decode_query_len(vllm_config: VllmConfig) -> int:
@@ -16,6 +18,21 @@ def decode_query_len(vllm_config: VllmConfig) -> int:
     """
     speculative = vllm_config.speculative_config
     return 1 + (speculative.num_speculative_tokens if speculative is not None else 0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step's metadata was built from, to build it again for a part of its tokens.
+
+    Attributes:
+        common: what vLLM says of the step.
+        page_size: tokens of a block.
+        again: metadata of another step, by the same builder.
+    """
+
+    common: CommonAttentionMetadata
+    page_size: int
+    again: Callable[[CommonAttentionMetadata], Any]
 
 
 class ChunkRequest(NamedTuple):

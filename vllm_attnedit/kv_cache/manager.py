@@ -42,6 +42,7 @@ class GateSWAManager(ReleasingWindowManager):
 
     def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
+        self.stored_tail: int | None = kv_cache_spec.stored_tail
         self.computed_tokens: dict[str, int] = {}
         self.known_to_worker: set[str] = set()
 
@@ -61,7 +62,11 @@ class GateSWAManager(ReleasingWindowManager):
         null (False)."""
         required = cdiv(num_tokens, self.block_size)
         end = min(self._first_needed_block(num_tokens_main_model), required)
-        return [self.tails.retains_ahead(request_id, i) for i in range(held, end)]
+        # Nothing to retain where not all layers have keys and values.
+        begin = 0
+        if self.stored_tail is not None:
+            begin = cdiv(num_tokens_main_model - self.stored_tail, self.block_size)
+        return [i >= begin and self.tails.retains_ahead(request_id, i) for i in range(held, end)]
 
     # vLLM's interface
 

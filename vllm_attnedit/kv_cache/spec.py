@@ -29,9 +29,12 @@ class GateSWASpec(SlidingWindowSpec):
 
     Attributes:
         num_speculative_tokens: draft tokens a step may append and lose again.
+        stored_tail: the last tokens of a chunk that all layers have keys and values of; ``None``:
+            all of them.
     """
 
     num_speculative_tokens: int = 0
+    stored_tail: int | None = None
 
     def max_admission_blocks_per_request(
         self, max_num_batched_tokens: int, max_model_len: int

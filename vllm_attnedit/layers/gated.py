@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import AttentionBackend
 
 from vllm_attnedit.backends.prologue import Prologue, can_rotate
 from vllm_attnedit.config import SLIDING, AttnEditConfig
+from vllm_attnedit.layers.fast_prefill import fast_prefill, tokens_stored
 from vllm_attnedit.layers.packing import find_pack
 from vllm_attnedit.layers.window import WindowAttention, window_backend
 from vllm_attnedit.ops.sigmoid_gate.reference import gated
@@ -101,11 +102,14 @@ class GatedAttention(nn.Module):
         backend = window_backend(vllm_config)
         if backend is None:
             return Attention(*arguments, **options)
+        assert config.sliding_window  # the schema guarantees it
+        stored = tokens_stored(config.sliding_window) if fast_prefill(vllm_config) else None
         return WindowAttention(
             *arguments,
             layer_idx=layer_idx,
             pack=find_pack(vllm_config, types, layer_idx),
             prologue=self._prologue(backend),
+            stored_tail=stored,
             attn_backend=backend,
             **options,
         )

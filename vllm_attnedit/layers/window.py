@@ -148,6 +148,7 @@ class WindowAttention(Attention):
     Args:
         pack: this layer's place in a page that it shares with other window layers.
         prologue: what the backend does to queries and keys first; ``None`` if they come finished.
+        stored_tail: see :class:`GateSWASpec`.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class WindowAttention(Attention):
         layer_idx: int,
         pack: Pack | None,
         prologue: Prologue | None,
+        stored_tail: int | None = None,
         prefix: str,
         **options: Any,
     ) -> None:
@@ -170,6 +172,7 @@ class WindowAttention(Attention):
         super().__init__(*arguments, num_kv_heads=num_kv_heads, prefix=prefix, **options)
         self.pack = pack
         self.prologue = prologue
+        self.stored_tail = stored_tail
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         spec = super().get_kv_cache_spec(vllm_config)
@@ -185,6 +188,7 @@ class WindowAttention(Attention):
             kv_quant_mode=spec.kv_quant_mode,
             sliding_window=spec.sliding_window,
             num_speculative_tokens=decode_query_len(vllm_config) - 1,
+            stored_tail=self.stored_tail,
         )
 
     def forward_gated(

@@ -22,8 +22,10 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from vllm_attnedit.config import LATENT, AttnEditConfig
+from vllm_attnedit.layers.fast_prefill import fast_prefill
 from vllm_attnedit.layers.gated import GatedAttention
 from vllm_attnedit.layers.latent import LatentAttention
+from vllm_attnedit.models.stacks import Stacks
 from vllm_attnedit.tensors import is_moe_layer
 
 
@@ -77,7 +79,7 @@ class DecoderLayer(nn.Module):
         return self.mlp(hidden_states), residual
 
 
-@support_torch_compile
+@support_torch_compile(enable_if=lambda vllm_config: not fast_prefill(vllm_config))
 class AttnEditModel(nn.Module):
     """Embedding, this pipeline stage's layers, final norm."""
 
@@ -103,6 +105,9 @@ class AttnEditModel(nn.Module):
         self.norm = (
             RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if last else PPMissingLayer()
         )
+        self.stacks: Stacks | None = None
+        if fast_prefill(vllm_config):
+            self.stacks = Stacks(vllm_config, prefix, list(self.layers))
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )
@@ -126,8 +131,11 @@ class AttnEditModel(nn.Module):
             assert intermediate_tensors is not None
             hidden_states = intermediate_tensors["hidden_states"]
             residual = intermediate_tensors["residual"]
-        for layer in islice(self.layers, self.start_layer, self.end_layer):
-            hidden_states, residual = layer(positions, hidden_states, residual)
+        if self.stacks is not None:
+            hidden_states, residual = self.stacks(positions, hidden_states)
+        else:
+            for layer in islice(self.layers, self.start_layer, self.end_layer):
+                hidden_states, residual = layer(positions, hidden_states, residual)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
         hidden_states, _ = self.norm(hidden_states, residual)

@@ -61,6 +61,7 @@ class Pages:
             positions=positions,
             block_table=self.table,
             slot_mapping=self.table[rows, positions // B].long() * B + positions % B,
+            step=None,  # type: ignore[arg-type]  # of the builder, which is not here
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from vllm.sampling_params import SamplingParams
@@ -70,7 +71,7 @@ class ModelEngine:
         self.check_memory = check_memory  # costs the square of the length
         # One layer a group; layers of different groups share memory, so their order matters.
         self.layer_order = layer_order
-        shared = {
+        shared: dict[str, Any] = {
             "block_size": block_size,
             "num_kv_heads": 1,
             "head_size": 8,
