@@ -87,12 +87,12 @@ def _ratios(level: dict[str, Any], control: dict[str, Any] | None) -> dict[str, 
         name: ratio(level["figures"][name], control["figures"][name], key)
         for name, (_, key) in METRICS.items()
     }
-    ours, theirs = level["server"].get("peak_running"), control["server"].get("peak_running")
-    ratios["peak_running"] = {
-        "value": ours / theirs if ours and theirs else None,
-        "low": None,
-        "high": None,
-    }
+    for name, (ours, theirs) in {
+        "peak_running": [one["server"].get("peak_running") for one in (level, control)],
+        "goodput": [one["figures"]["goodput"]["requests_per_s"] for one in (level, control)],
+    }.items():
+        value = ours / theirs if ours and theirs else None
+        ratios[name] = {"value": value, "low": None, "high": None}
     return ratios
 
 
@@ -199,7 +199,8 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
         good = level["figures"]["goodput"]
         rows.append(
             {"case": case, "metric": "goodput", "value": good["requests_per_s"], "unit": "req/s",
-             "share": good["share"], **shared}
+             "share": good["share"], "ratio": level["ratios"].get("goodput", {}).get("value"),
+             **shared}
         )  # fmt: skip
     for row in report["sharding"]:
         rows.append(
