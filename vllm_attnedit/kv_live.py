@@ -11,7 +11,7 @@ known; else it is taken to be as servers on CUDA do by default.
 The report is JSON-ready, and its fields are stable (new ones may be added). Every figure that can
 be an interval is ``[low, high]``, equal if it is exact::
 
-    pages            of window layers: "packed", "separate", or null if there are none
+    pages            of window layers, as counted: "packed", "separate", or null if there are none
     split            "measured", "derived" or "one kind" (all blocks hold the same kind of layers)
     tp, kv_dtype     as assumed for bytes, which are those of one GPU
     running, waiting, preemptions
@@ -26,11 +26,12 @@ be an interval is ``[low, high]``, equal if it is exact::
     teacher_bytes    full attention for the same tokens
     reduction        share of teacher_bytes that is saved
     formula_reduction               the same by formula; null without running requests
+    warnings         sentences for people
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_attnedit.accounting import (
@@ -61,6 +62,7 @@ class Layout:
         block_size: tokens of a block of each of the two.
         block_bytes: of any block, on one GPU.
         pack: window layers in a page.
+        unpackable: why no page can hold several, if none can.
     """
 
     layers: tuple[int, int]
@@ -68,6 +70,7 @@ class Layout:
     block_size: tuple[int, int]
     block_bytes: int
     pack: int = 1
+    unpackable: str | None = None
 
 
 def build_live_report(
@@ -125,6 +128,7 @@ def build_live_report(
     teacher = _sorted(per_token * count * state.running for count in tokens)
     in_use = state.blocks_in_use * layout.block_bytes
     formula = sum(group["formula_bytes"] for group in groups)
+    refused = pages == "packed" and layout.unpackable is not None
     return {
         "pages": ("packed" if layout.pack > 1 else "separate") if windows else None,
         "split": split,
@@ -142,6 +146,7 @@ def build_live_report(
         "teacher_bytes": list(teacher),
         "reduction": [1 - in_use / held if held else None for held in teacher],
         "formula_reduction": 1 - formula / (sum(teacher) / 2) if sum(teacher) else None,
+        "warnings": [f"pages are not packed: {layout.unpackable}"] if refused else [],
     }
 
 
@@ -162,7 +167,7 @@ def _layout(
     separate = Layout(counts, groups, (block, block), a_layer * size)
     pack = pack_size(config.edit.layer_types, 1) if windows else "there are no window layers"
     if isinstance(pack, str):
-        return separate
+        return replace(separate, unpackable=pack)
     packed = Layout(counts, (1, 1), (block * pack, block), a_layer * pack * counts[0], pack)
     if state.window_groups:
         heads = max(1, (windows[0].heads or 1) // tp)

@@ -84,6 +84,19 @@ def test_command_with_a_named_checkpoint(
     assert "name the checkpoint" in attnedit.refused("kv", "--server", answering(locked))
 
 
+def test_pages_that_cannot_be_packed_are_told(
+    attnedit: Attnedit, answering: Any, tmp_path: Path
+) -> None:
+    config_of(num_hidden_layers=29).save_pretrained(tmp_path / "odd")
+    address = answering(pages(tmp_path / "odd"))
+    command = ("kv", "--server", address, "--pages", "packed")
+    line = "pages are not packed: 25 window layers do not divide over 4 full ones"
+    assert f"warning: {line}" in attnedit(*command).out.splitlines()
+    report = json.loads(attnedit(*command, "--json").out)
+    assert (report["pages"], report["warnings"]) == ("separate", [line])
+    assert "warning" not in attnedit("kv", "--server", address).out
+
+
 def test_watch_reads_until_interrupted(
     attnedit: Attnedit, answering: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

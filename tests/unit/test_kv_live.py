@@ -123,8 +123,18 @@ def test_the_pool_tells_the_pages(factor: float, pages: str) -> None:
 
 
 def test_where_layers_do_not_divide_pages_are_separate() -> None:
-    report = build_live_report(config_of(num_hidden_layers=29), state_of())
-    assert report["pages"] == "separate"
+    config = config_of(num_hidden_layers=29)
+    for pages in ("auto", "separate", "packed"):
+        report = build_live_report(config, state_of(), pages=pages)
+        assert report["pages"] == "separate"
+        assert bool(report["warnings"]) == (pages == "packed")
+    why = "pages are not packed: 25 window layers do not divide over 4 full ones"
+    assert report["warnings"] == [why]
+    report = build_live_report(config_of("mla"), state_of(), pages="packed")
+    assert report["pages"] is None
+    assert report["warnings"] == ["pages are not packed: there are no window layers"]
+    report = build_live_report(config_of(), state_of(), pages="packed")
+    assert (report["pages"], report["warnings"]) == ("packed", [])
     with pytest.raises(AttnEditError, match="pages: tight: use one of auto, packed, separate"):
         build_live_report(config_of(), state_of(), pages="tight")
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from vllm_attnedit.checkpoint import load_config
 from vllm_attnedit.cli.quantities import format_bytes
@@ -130,6 +131,7 @@ def _tables(report: dict[str, Any]) -> Group:
         )
     pages = f"; {report['pages']} pages of window layers" if report["pages"] else ""
     lines.append(_SPLIT[report["split"]] + pages)
+    lines += [Text(f"warning: {warning}", style="red") for warning in report["warnings"]]
     return Group(*lines)
 
 
