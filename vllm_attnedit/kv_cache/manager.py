@@ -197,6 +197,9 @@ class GateSWAManager(ReleasingWindowManager):
                 blocks.append(blocks[i])
                 blocks[i] = self._null_block
             self.tails.scheduled(request_id, computed, num_tokens_main_model)
+            stored = self.stored_tail
+            if stored is not None and computed < num_tokens_main_model - stored:
+                self.unfilled[request_id] = computed // self.block_size
         if num_tokens > len(blocks) * self.block_size:
             added += super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         self.known_to_worker.add(request_id)

@@ -34,6 +34,8 @@ class ReleasingWindowManager(SlidingWindowManager):
         self.settled: dict[str, tuple[int, int]] = {}
         self.written: dict[str, tuple[Request, int, int | None]] = {}
         self.to_hash: dict[str, None] = {}  # keys of ``written``, in order
+        # Per request: blocks that some layer did not fill, which nobody may find by their hash.
+        self.unfilled: dict[str, int] = {}
         self.tails = RetainedTails(self.sliding_window, self.block_size, self.scheduler_block_size)
         self.gauge = block_gauge(self)
 
@@ -61,10 +63,16 @@ class ReleasingWindowManager(SlidingWindowManager):
     def new_step_starts(self) -> None:
         """Hash what the last step wrote."""
         for request_id in self.to_hash:
-            super().cache_blocks(*self.written[request_id])
+            self._hash(request_id)
         self.to_hash.clear()
         if self.gauge is not None:
             self.gauge.update()
+
+    def _hash(self, request_id: str) -> None:
+        super().cache_blocks(*self.written[request_id])
+        index = self.unfilled.pop(request_id, None)
+        if index is not None:
+            self.block_pool.evict_blocks({self.req_to_blocks[request_id][index].block_id})
 
     def remove_skipped_blocks(self, request_id: str, total_computed_tokens: int) -> None:
         """Return what left the window. vLLM stops at the first null block; here null blocks and
@@ -118,13 +126,15 @@ class ReleasingWindowManager(SlidingWindowManager):
     def free(self, request_id: str) -> None:
         """Return everything. A finished request's last tail stays cached for the next turn; a
         preempted one may not have written it."""
-        written = self.written.pop(request_id, None)
+        written = self.written.get(request_id)
         if written is not None and written[0].is_finished():
             if request_id in self.to_hash:
-                super().cache_blocks(*written)
+                self._hash(request_id)
             held = self.req_to_blocks.get(request_id, [])
             self.block_pool.evict_blocks(self.tails.finish(request_id, written[1], held))
         super().free(request_id)
+        self.written.pop(request_id, None)
+        self.unfilled.pop(request_id, None)
         self.to_hash.pop(request_id, None)
         self.null_below.pop(request_id, None)
         self.settled.pop(request_id, None)

@@ -59,13 +59,14 @@ class ModelEngine:
         drafts: int = 0,
         caching: bool = True,
         stock: bool = False,
+        stored_tail: int | None = None,
         check_memory: bool = True,
         layer_order: tuple[int, ...] = (1, 0, 2),
     ) -> None:
         register_spec()
         init_none_hash(sha256)
         self.window, self.block_size, self.drafts = window, block_size, drafts
-        self.stock = stock
+        self.stock, self.stored_tail = stock, stored_tail
         # Packed window pages: full layers count in larger blocks, and hits end at those.
         self.block_sizes = [block_size * pack, block_size, block_size]
         self.check_memory = check_memory  # costs the square of the length
@@ -80,7 +81,12 @@ class ModelEngine:
         windowed = (
             SlidingWindowSpec(sliding_window=window, **shared)
             if stock
-            else GateSWASpec(sliding_window=window, num_speculative_tokens=drafts, **shared)
+            else GateSWASpec(
+                sliding_window=window,
+                num_speculative_tokens=drafts,
+                stored_tail=stored_tail,
+                **shared,
+            )
         )
         groups = [
             KVCacheGroupSpec(
@@ -221,7 +227,11 @@ class ModelEngine:
         writers: dict[int, str] = {}
         written: set[tuple[int, int]] = set()
         for run, computed, new, draft in batch:
-            for position in range(computed, computed + new):
+            begin = computed
+            if GROUPS[group] == "window" and self.stored_tail is not None:
+                # Some layer of the group has no more: what lies in the other slots is old.
+                begin = max(begin, computed + new - self.stored_tail)
+            for position in range(begin, computed + new):
                 size = self.block_sizes[group]
                 block = run.tables[group][position // size]
                 if block == 0:

@@ -36,6 +36,7 @@ class ManagerMachine(RuleBasedStateMachine):
         num_blocks=st.sampled_from([60, 120, 250]),
         seed=st.integers(0, 2**16),
         order=st.permutations([0, 1, 2]),
+        stored_blocks=st.sampled_from([None, None, 1, 4]),
     )
     def start(
         self,
@@ -46,6 +47,7 @@ class ManagerMachine(RuleBasedStateMachine):
         num_blocks: int,
         seed: int,
         order: list[int],
+        stored_blocks: int | None,
     ) -> None:
         self.rng = random.Random(seed)
         self.engine = ModelEngine(
@@ -56,6 +58,7 @@ class ManagerMachine(RuleBasedStateMachine):
             num_blocks=num_blocks,
             max_model_len=160,
             layer_order=tuple(order),
+            stored_tail=None if stored_blocks is None else window - 1 + 4 * stored_blocks,
         )
         # Prompts start with a piece of one of three texts, so that prefixes are shared.
         self.texts = [[self.rng.randrange(50) for _ in range(100)] for _ in range(3)]

@@ -41,8 +41,8 @@ def preferred_kernel(
     return "triton"
 
 
-#: What FlashMLA and FA3 lose where the other is faster, at worst: a third of the time at one request
-#: for FlashMLA, 0.02 at 128 for FA3 (same file).
+#: What FlashMLA and FA3 lose where the other is faster, at worst: a third of the time at one
+#: request for FlashMLA, 0.02 at 128 for FA3 (same file).
 _STEADY = {9: "fa3"}
 
 
