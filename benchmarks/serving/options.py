@@ -173,8 +173,7 @@ class Options(_Options):
         model: ``qwen3-8b``, ``qwen3-30b-a3b`` or ``smollm2-135m`` (true dimensions, dummy weights),
             ``smollm2`` (the real one), or ``{system name: checkpoint folder}``.
         window: of the edit, in tokens.
-        repeat_control: serve the control once more at the end (A-B-A) and report its drift: with
-            all its workloads, or with those that are named.
+        repeat_control: whether the control is served once more at the end (A-B-A), or with what.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
