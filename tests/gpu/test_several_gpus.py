@@ -124,7 +124,8 @@ def test_copies_give_the_tokens_of_one(target: str, tmp_path: Path):
     model = full_size(target)
     folder = tiny_edited_checkpoint(model, tmp_path / "model")
     prompts = random_prompts([9 + 13 * i for i in range(2 * GPUS)])
-    with copies(folder, tmp_path / "log", GPUS, gpu_memory_utilization=0.1) as url:
+    memory = {"gpu_memory_utilization": 0.05, "arguments": ("--kv-cache-memory-bytes", "1G")}
+    with copies(folder, tmp_path / "log", GPUS, **memory) as url:
         answers = ask(url, prompts, STEPS)
         engines = generated(url)
     assert len(engines) == GPUS and all(engines.values())
