@@ -25,6 +25,7 @@ class Job(BaseModel):
             when it is called again: it always is.
         seconds: that it takes, about; it does not begin with less time left.
         least: of a command with ``{budget}``: seconds with which it begins, instead of ``seconds``.
+        limit: seconds after which it is ended: without one, what hangs takes the budget of all.
         devices: that it has to itself.
         environment: further variables.
     """
@@ -35,6 +36,7 @@ class Job(BaseModel):
     command: str
     seconds: Seconds
     least: Seconds | None = None
+    limit: Seconds | None = None
     devices: Annotated[int, Field(ge=1)] | Literal["all"] = 1
     environment: dict[str, str] = {}
 

@@ -95,7 +95,7 @@ class Runner:
                 if self._running:
                     time.sleep(_POLL_S)
         finally:
-            self._stop()
+            self._stop(self._running)
 
     def _state(self, job: Job) -> str:
         return str(self.states.get(job.name, {}).get("state", ""))
@@ -148,15 +148,19 @@ class Runner:
             status = one.process.poll()
             if status is not None:
                 self._end(one, "failed" if status else "done")
+        now = time.monotonic()
+        self._stop(
+            [one for one in self._running if now - one.began > (one.job.limit or float("inf"))]
+        )
         if self._left() < 0:
-            self._stop()
+            self._stop(self._running)
 
-    def _stop(self) -> None:
-        """End all jobs, all at once: each by itself as long as it is given, then its group."""
-        for one in self._running:
+    def _stop(self, these: Sequence[_Running]) -> None:
+        """End jobs, all at once: each by itself as long as it is given, then its group."""
+        for one in these:
             one.process.terminate()
         deadline = time.monotonic() + _PATIENCE_S
-        for one in list(self._running):
+        for one in list(these):
             with contextlib.suppress(TimeoutExpired):
                 one.process.wait(max(0.0, deadline - time.monotonic()))
             self._end(one, "stopped")

@@ -109,6 +109,17 @@ def test_what_does_not_fit_is_left_and_what_is_done_stays_done(tmp_path: Path) -
     assert int(notes(tmp_path, "again")[1]["words"][0]) == 990  # a number, without any limit too
 
 
+def test_what_hangs_is_stopped_alone(tmp_path: Path) -> None:
+    jobs = [job("hangs", note("hangs", 60), limit=1), job("works", note("works", 3)), job("next")]
+    began = time.monotonic()
+    states = run(tmp_path, jobs)
+    assert time.monotonic() - began < 15
+    assert {name: entry["state"] for name, entry in states.items()} == {
+        "hangs": "stopped", "works": "done", "next": "done",
+    }  # fmt: skip
+    assert not notes(tmp_path, "hangs")
+
+
 def test_what_runs_over_is_stopped(tmp_path: Path) -> None:
     began = time.monotonic()
     states = run(tmp_path, [job("over", note("over", 60)), job("next")], "0", budget=32)
