@@ -92,12 +92,14 @@ def test_fp8_pages_are_as_good_as_those_of_stock(model, pages: dict, tmp_path: P
     assert gaps["ours"] <= 1.3 * gaps["stock"]
 
 
-def test_prefix_hit(model, tmp_path: Path):
+@pytest.mark.parametrize(("pages", "boundary"), [(SEPARATE, BLOCK_SIZE), (PACKED, 3 * BLOCK_SIZE)])
+def test_prefix_hit(model, pages: dict, boundary: int, tmp_path: Path):
+    """Packed, three window layers to a full one, hits end at multiples of three blocks."""
     shared, a, b = random_prompts([160, 9, 21])
-    with engine(tiny_edited_checkpoint(model, tmp_path)) as llm:
+    with engine(tiny_edited_checkpoint(model, tmp_path), **pages) as llm:
         generate(llm, [shared + a], STEPS)
         outputs = generate(llm, [shared + a], STEPS)
-        assert outputs[0].num_cached_tokens >= 160 // BLOCK_SIZE * BLOCK_SIZE
+        assert outputs[0].num_cached_tokens >= 160 // boundary * boundary
         check(model, [shared + a], outputs, tolerance=5e-3)
         outputs = [generate(llm, [shared + x], STEPS)[0] for x in (b, b)]
     check(model, [shared + b] * 2, outputs, tolerance=5e-3)

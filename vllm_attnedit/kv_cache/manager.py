@@ -166,13 +166,13 @@ class GateSWAManager(ReleasingWindowManager):
             return []  # the worker gets its ids with this step: they must be there
         blocks = self.req_to_blocks[request_id]
         end = min(self._first_needed_block(num_tokens_main_model), computed // self.block_size)
-        plenty = self._plenty()
+        spare = self.enable_caching and self._plenty()
         return [
             i
             for i in range(self.null_below.get(request_id, 0), min(end, len(blocks)))
             if not blocks[i].is_null
             and blocks[i].ref_cnt == 1
-            and not (plenty and self.tails.wants(request_id, i, blocks[i]))
+            and not (spare and self.tails.spares(request_id, i))
         ]
 
     def allocate_new_blocks(

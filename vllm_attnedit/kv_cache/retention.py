@@ -170,11 +170,23 @@ class RetainedTails:
         ends = (request.branch_end, request.ahead_end)
         return any(self._in_tail(index, end) for end in ends)
 
+    def spares(self, request_id: str, index: int) -> bool:
+        """Whether a block that a chunk could overwrite is part of a tail worth keeping: one that is
+        stored, or one that the chunk completes. Such a block has no hash yet where the boundary
+        lies within the chunk."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return False
+        return self._in_tail(index, request.ahead_end) or self._kept(request, index)
+
     def wants(self, request_id: str, index: int, block: KVCacheBlock) -> bool:
         """Whether a hashed block belongs to a tail that is worth keeping."""
         request = self.requests.get(request_id)
         if request is None or block.block_hash is None:
             return False
+        return self._kept(request, index)
+
+    def _kept(self, request: _Request, index: int) -> bool:
         ends = {
             request.branch_end,
             request.shared_end,

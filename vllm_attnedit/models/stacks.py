@@ -81,11 +81,18 @@ class Stacks(nn.Module):
             self.upper = UpperStack(
                 vllm_config=vllm_config, prefix=f"{prefix}.upper", layers=layers[first:]
             )
-        # Between two captured graphs: what the first one returns, the second may overwrite.
+        # What enters a captured graph. It reads where it read when it was captured: embeddings come
+        # from anywhere, and what the lower graph returns, the upper one may overwrite.
         tokens = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        self.between: torch.Tensor
-        between = torch.zeros(2, tokens, config.hidden_size)
-        self.register_buffer("between", between, persistent=False)
+        self.entries: torch.Tensor
+        entries = torch.zeros(3, tokens, config.hidden_size)
+        self.register_buffer("entries", entries, persistent=False)
+
+    def _entry(self, place: int, values: torch.Tensor) -> torch.Tensor:
+        """(T, hidden) where every step of as many tokens finds it, if graphs were captured."""
+        if get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
+            return values
+        return self.entries[place, : len(values)].copy_(values)
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor
@@ -93,12 +100,8 @@ class Stacks(nn.Module):
         """(T,) and (T, hidden) to the last layer's output and the residual stream, (T, hidden), NaN
         in rows of tokens that stopped."""
         tokens = len(positions)
-        hidden_states, residual = self.lower(positions, hidden_states)
-        if get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
-            copies = self.between[:, :tokens]
-            copies[0].copy_(hidden_states)
-            copies[1].copy_(residual)
-            hidden_states, residual = copies.unbind(0)
+        hidden_states, residual = self.lower(positions, self._entry(0, hidden_states))
+        hidden_states, residual = self._entry(1, hidden_states), self._entry(2, residual)
         ends = self.ends.of_this_step()
         if ends is None:
             hidden_states, residual = self.upper(positions, hidden_states, residual)

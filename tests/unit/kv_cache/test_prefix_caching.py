@@ -100,12 +100,14 @@ def test_hits_of_stock_with_a_quarter_of_its_blocks(
 
 
 @pytest.mark.parametrize("pack", [1, 5])
-def test_a_replay_of_the_prompt_hits_its_tail(pack: int):
+# The last boundary's tail lies in the only chunk; in the second of two; in both.
+@pytest.mark.parametrize("length", [1000, CHUNK + 900, CHUNK + 30, CHUNK + 100, CHUNK + 170])
+def test_a_replay_of_the_prompt_hits_its_tail(length: int, pack: int):
     engine = ModelEngine(window=WINDOW, block_size=BLOCK, pack=pack, num_blocks=2000,
                          max_model_len=8192, check_memory=False)  # fmt: skip
     rng = random.Random(0)
-    prompt = text(rng, 1000)
+    prompt = text(rng, length)
     serve(engine, prompt, 400, rng)
     assert engine.hit_tokens == 0
     serve(engine, prompt, 400, rng)
-    assert engine.hit_tokens == 999 // (BLOCK * pack) * (BLOCK * pack)
+    assert engine.hit_tokens == (length - 1) // (BLOCK * pack) * (BLOCK * pack)
