@@ -94,30 +94,23 @@ TEACHERS: dict[str, dict[str, Any]] = {
 
 
 def edit_for(
-    teacher: dict[str, Any],
-    target: str,
-    window: int = 128,
-    gate: str | None = None,
-    full_layers: tuple[int, ...] | None = None,
+    teacher: dict[str, Any], target: str, window: int = 128, **choices: Any
 ) -> AttentionEdit:
-    """The default edit of a teacher: every sixth layer full, or latents of 512 + 64."""
+    """The default edit of a teacher: every sixth layer full, or latents of 512 + 64.
+
+    Args:
+        choices: further ones, as :class:`vllm_attnedit.edit.patterns.EditPlan` has them.
+    """
     size = window if target == "gateswa" else None
-    plan = EditPlan(target=target, window=size, gate=gate, full_layers=full_layers)
+    plan = EditPlan(target=target, window=size, **choices)
     return build_edit(plan, SimpleNamespace(**teacher))
 
 
-def write_model(
-    name: str,
-    target: str,
-    folder: Path,
-    window: int = 128,
-    gate: str | None = None,
-    full_layers: tuple[int, ...] | None = None,
-) -> Path:
+def write_model(name: str, target: str, folder: Path, window: int = 128, **choices: Any) -> Path:
     """Write ``config.json`` of a teacher (``target="full"``) or of its edit; returns the folder.
 
     Serve it with ``--load-format dummy`` and token ids as prompts: speed and memory do not depend
-    on the values of the weights.
+    on the values of the weights. ``choices`` are those of :func:`edit_for`.
     """
     teacher = TEACHERS[name]
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +119,7 @@ def write_model(
     else:
         config = AttnEditConfig(
             base_model_type=teacher["model_type"],
-            attention_edit=edit_for(teacher, target, window, gate, full_layers),
+            attention_edit=edit_for(teacher, target, window, **choices),
             **{k: v for k, v in teacher.items() if k not in ("model_type", "architectures")},
         )
         config.save_pretrained(folder)

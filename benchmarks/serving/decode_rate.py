@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,27 @@ from benchmarks.provenance import provenance
 
 CONTROLS = ("full", "stock")
 # case -> the case that differs from it in one thing only
-SIBLINGS = {"gateswa-separate": "gateswa", "mla-attnedit": "mla"}
-# case -> (target of the edit, --additional-config)
-CASES: dict[str, tuple[str, dict[str, str]]] = {
-    "full": ("full", {}),
-    "stock": ("gateswa", {"attnedit_window_backend": "stock"}),
-    "gateswa": ("gateswa", {}),
-    "gateswa-separate": ("gateswa", {"attnedit_window_pages": "separate"}),
-    "mla": ("mla", {}),
-    "mla-attnedit": ("mla", {"attnedit_latent_backend": "attnedit"}),
+SIBLINGS = {"gateswa-separate": "gateswa", "mla-attnedit": "mla", "mla-narrow": "mla"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is served: the edit, and how."""
+
+    target: str
+    additional_config: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
+
+
+CASES: dict[str, Case] = {
+    "full": Case("full"),
+    "stock": Case("gateswa", {"attnedit_window_backend": "stock"}),
+    "gateswa": Case("gateswa"),
+    "gateswa-separate": Case("gateswa", {"attnedit_window_pages": "separate"}),
+    "mla": Case("mla"),
+    # Queries and keys as wide as the teacher's 128, a half of them without position.
+    "mla-narrow": Case("mla", choices={"qk_nope_head_dim": 64}),
+    "mla-attnedit": Case("mla", {"attnedit_latent_backend": "attnedit"}),
 }
 WARM_STEPS = 16
 
@@ -80,7 +92,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float
         gpu_memory_utilization=args.gpu_memory_utilization,
         compilation_config={"cudagraph_capture_sizes": sorted({p.batch for p in args.points})},
         enable_prefix_caching=False,
-        additional_config=CASES[args.case][1],
+        additional_config=CASES[args.case].additional_config,
         seed=0,
     )
     run_point(llm, first, args)  # what the first request compiles is nobody's time
@@ -129,7 +141,8 @@ def run_point(llm: Any, point: Point, args: argparse.Namespace) -> dict[str, flo
 def run_case(case: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Measure one case in a process of its own, so that its memory is gone afterwards."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = write_model(args.model, CASES[case][0], Path(scratch) / "model", args.window)
+        target, choices = CASES[case].target, CASES[case].choices
+        folder = write_model(args.model, target, Path(scratch) / "model", args.window, **choices)
         result = Path(scratch) / "result.json"
         command = [sys.executable, "-m", "benchmarks.serving.decode_rate", *sys.argv[1:]]
         command += ["--case", case, "--folder", str(folder), "--out", str(result)]

@@ -11,46 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from benchmarks.serving.spread import count_devices
+from benchmarks.serving.system import Positive, StrictModel, System
 from vllm_attnedit.errors import AttnEditError
 
-Positive = Annotated[int, Field(ge=1)]
 
-
-class _Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class System(_Options):
-    """One of the things compared.
-
-    Attributes:
-        name: in tables; the first system is the control.
-        edit: ``full`` is the teacher in stock vLLM.
-        window_backend: ``stock`` serves window layers by vLLM's own attention, gate outside.
-        window_pages: ``packed`` or ``separate`` pages of window layers; ``auto`` is the default.
-        gate: of window layers; a dimension of the edit, so ``full`` has none.
-        full_layers: of GateSWA, instead of its default ones; likewise.
-        fast_prefill: whether prompts skip the layers above the last of them.
-        tensor_parallel: devices that one copy of the model is split over, all of ``server.devices``
-            by default. With fewer, as many copies as fill them share the requests out.
-        arguments: further ones for ``vllm serve``; what must be equal everywhere is refused.
-    """
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
-    edit: Literal["full", "gateswa", "mla"]
-    window_backend: Literal["auto", "stock"] = "auto"
-    window_pages: Literal["auto", "separate", "packed"] = "auto"
-    gate: Literal["headwise", "elementwise", "none"] | None = None
-    full_layers: tuple[int, ...] | None = None
-    fast_prefill: bool = False
-    tensor_parallel: Positive | None = None
-    arguments: tuple[str, ...] = ()
-
-
-class Server(_Options):
+class Server(StrictModel):
     """Settings of ``vllm serve``, the same for all systems.
 
     Attributes:
@@ -80,7 +48,7 @@ class Server(_Options):
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
 
 
-class Workload(_Options):
+class Workload(StrictModel):
     """What is asked, and when. Lengths are tokens.
 
     Attributes:
@@ -130,7 +98,7 @@ class Workload(_Options):
         return self
 
 
-class Measure(_Options):
+class Measure(StrictModel):
     """How long a level is measured.
 
     A closed level counts as steady once ``windows`` windows of ``window_s`` seconds in a row had
@@ -159,14 +127,14 @@ class Measure(_Options):
     crosscheck: str | None = None
 
 
-class Goal(_Options):
+class Goal(StrictModel):
     """Latency objectives of goodput."""
 
     ttft_s: Annotated[float, Field(gt=0)] = 2.0
     tpot_s: Annotated[float, Field(gt=0)] = 0.05
 
 
-class Options(_Options):
+class Options(StrictModel):
     """A whole benchmark.
 
     Attributes:

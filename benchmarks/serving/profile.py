@@ -19,8 +19,9 @@ from typing import Any
 import httpx
 
 from benchmarks.serving.levels import locust_command
-from benchmarks.serving.options import Options, System, Workload
+from benchmarks.serving.options import Options, Workload
 from benchmarks.serving.server import serving
+from benchmarks.serving.system import System
 from benchmarks.serving.systems import describe, is_dummy, prepare
 from examples.quickstart.processes import process_group
 from vllm_attnedit.errors import AttnEditError

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from benchmarks.provenance import provenance
 from benchmarks.serving.crosscheck import crosscheck
-from benchmarks.serving.options import Options, System, Workload
+from benchmarks.serving.options import Options, Workload
 from benchmarks.serving.readiness import warm_up
 from benchmarks.serving.repeats import run_repeats
 from benchmarks.serving.reported import kv_report
@@ -29,6 +29,7 @@ from benchmarks.serving.server import (
     serving,
 )
 from benchmarks.serving.spread import spread_of
+from benchmarks.serving.system import System
 from benchmarks.serving.systems import check_spread, describe, is_dummy, prepare
 from benchmarks.serving.workloads import Plan
 from vllm_attnedit.errors import AttnEditError

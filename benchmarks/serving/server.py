@@ -15,8 +15,9 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.serving.options import Server, System
+from benchmarks.serving.options import Server
 from benchmarks.serving.spread import OPTIONS, spread_of
+from benchmarks.serving.system import System
 from examples.quickstart.processes import errors_or_end, free_port, process_group
 from vllm_attnedit.errors import AttnEditError
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from vllm_attnedit.errors import AttnEditError
 
 if TYPE_CHECKING:
-    from benchmarks.serving.options import Server, System
+    from benchmarks.serving.options import Server
+    from benchmarks.serving.system import System
 
 OPTIONS = (
     "--tensor-parallel-size", "-tp", "--data-parallel-size", "-dp", "--data-parallel-size-local",

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.models import TEACHERS, write_model, write_tokenizer
-from benchmarks.serving.options import Options, Server, System
+from benchmarks.serving.options import Options, Server
 from benchmarks.serving.spread import spread_of
+from benchmarks.serving.system import System
 from examples.quickstart.teacher import CACHE, fetch_teacher
 from vllm_attnedit.accounting import check_tp
 from vllm_attnedit.checkpoint import load_config, read_json
+from vllm_attnedit.edit.patterns import option_name
 from vllm_attnedit.errors import AttnEditError
 
 SMALL = "smollm2"
@@ -30,9 +32,8 @@ def prepare(options: Options, system: System, folder: Path) -> Path:
         if not (path / "config.json").is_file():
             raise AttnEditError(f"model.{system.name}", path, "give a checkpoint folder")
         return path
-    gate = "" if system.gate is None else f"-{system.gate}"
-    full = "" if system.full_layers is None else "-" + ".".join(map(str, system.full_layers))
-    out = folder / f"{options.model}-{system.edit}{gate}{full}-{options.window}"
+    chosen = "".join(f"-{_word(value)}" for value in system.choices.values())
+    out = folder / f"{options.model}-{system.edit}{chosen}-{options.window}"
     if (out / "config.json").is_file():
         return out
     if options.model == SMALL:
@@ -40,7 +41,7 @@ def prepare(options: Options, system: System, folder: Path) -> Path:
     if options.model not in TEACHERS:
         known = ", ".join([*TEACHERS, SMALL])
         raise AttnEditError("model", options.model, f"use {known}, or a folder for each system")
-    write_model(options.model, system.edit, out, options.window, system.gate, system.full_layers)
+    write_model(options.model, system.edit, out, options.window, **system.choices)
     write_tokenizer(out, TEACHERS[options.model]["vocab_size"])
     return out
 
@@ -72,6 +73,10 @@ def describe(folder: Path, name: str, max_model_len: int) -> dict[str, Any]:
     return {"name": name, "vocab_size": config["vocab_size"], "max_model_len": max_model_len}
 
 
+def _word(choice: Any, separator: str = ".") -> str:
+    return separator.join(map(str, choice)) if isinstance(choice, tuple) else str(choice)
+
+
 def _edit_small(system: System, window: int, out: Path) -> Path:
     gguf = fetch_teacher(CACHE)
     if system.edit == "full":
@@ -81,9 +86,8 @@ def _edit_small(system: System, window: int, out: Path) -> Path:
     command += ["--target", system.edit, "--init", "inherit"]
     if system.edit == "gateswa":
         command += ["--window", str(window)]
-        command += [] if system.gate is None else ["--gate", system.gate]
-        if system.full_layers is not None:
-            command += ["--full-layers", ",".join(map(str, system.full_layers))]
+    for name, value in system.choices.items():
+        command += [option_name(name), _word(value, ",")]
     out.parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

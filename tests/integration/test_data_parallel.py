@@ -12,8 +12,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.serving.options import Server, System
+from benchmarks.serving.options import Server
 from benchmarks.serving.server import serving
+from benchmarks.serving.system import System
 from tests.integration.engine import random_prompts, reference
 from tests.unit.tiny import tiny_edit
 from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
