@@ -109,18 +109,26 @@ def test_the_table_of_latent_decode_on_cpu_is_that_of_the_result() -> None:
         assert f"| {' | '.join([row['case'].removeprefix('mla_decode cpu '), *cells])} |" in text
 
 
-def test_the_table_of_latent_decode_on_a_gpu_is_that_of_the_result() -> None:
+@pytest.mark.parametrize(
+    ("model", "result"),
+    [("qwen3-8b", "decode_rate_mla_h200"), ("qwen3-30b-a3b", "decode_rate_mla_30b_h200")],
+)
+def test_the_tables_of_latent_decode_on_a_gpu_are_those_of_the_results(
+    model: str, result: str
+) -> None:
     text = re.sub(r"\*\*| tokens/s", "", (ROOT / "docs" / "serving.md").read_text())
-    rows = {(row["case"], row["metric"]): row for row in _rows("decode_rate_mla_h200.json")}
+    text = text[text.index(f"/{result}.json)") :]
+    table = text[text.index("\n| ") :].strip().split("\n\n")[0]
+    rows = {(row["case"], row["metric"]): row for row in _rows(f"{result}.json")}
     points = re.findall(
-        r"^\| (\d+) x ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| (\S+)x \| (\S+)x \|", text, re.M
+        r"^\| (\d+) x ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| (\S+)x \| (\S+)x \|", table, re.M
     )
     assert len(points) == len(rows) / 4
     for batch, length, full, mla, rate, ttft in points:
         point = f"B{batch} L{length.replace(',', '')} W128"
         (rate_full, rate_mla), (first_full, first_mla) = (
             [
-                rows[f"decode_rate qwen3-8b {case} {point}", metric]["value"]
+                rows[f"decode_rate {model} {case} {point}", metric]["value"]
                 for case in ("full", "mla")
             ]
             for metric in ("decode_tokens_per_s", "ttft_s")
@@ -128,3 +136,23 @@ def test_the_table_of_latent_decode_on_a_gpu_is_that_of_the_result() -> None:
         assert (full, mla) == (f"{rate_full:,.0f}", f"{rate_mla:,.0f}"), point
         ratios = (f"{rate_mla / rate_full:.2f}", f"{first_mla / first_full:.2f}")
         assert (rate, ttft) == ratios, point
+
+
+def test_the_table_of_served_models_is_that_of_the_results() -> None:
+    """Each ratio to the teacher stands in the line of its load."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    lines = {
+        load: re.sub(r"\*\*", "", next(x for x in text.splitlines() if x.startswith(f"| {load} |")))
+        for load in ("1 of 8K/512", "192 of 8K/512", "64 of 32K/2K", "512 of 1K/4K")
+    }
+    seen = 0
+    for name in ("serving_gateswa_h200.json", "serving_prompts_h200.json"):
+        for row in _rows(name):
+            if row["metric"] not in ("output_tokens_per_s", "median_ttft_s"):
+                continue
+            _, _, system, _, count, shape, _ = row["case"].split()
+            if system != "teacher":
+                line = lines[f"{count.removeprefix('C')} of {shape}"]
+                assert f" {row['ratio']:.2f}x " in line, row["case"]
+                seen += 1
+    assert seen == 14
