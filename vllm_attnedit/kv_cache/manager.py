@@ -199,7 +199,8 @@ class GateSWAManager(ReleasingWindowManager):
             self.tails.scheduled(request_id, computed, num_tokens_main_model)
             stored = self.stored_tail
             if stored is not None and computed < num_tokens_main_model - stored:
-                self.unfilled[request_id] = computed // self.block_size
+                stored_from = num_tokens_main_model - stored
+                self.note_unfilled(request_id, computed, stored_from)
         if num_tokens > len(blocks) * self.block_size:
             added += super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         self.known_to_worker.add(request_id)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.request import Request
@@ -34,8 +35,8 @@ class ReleasingWindowManager(SlidingWindowManager):
         self.settled: dict[str, tuple[int, int]] = {}
         self.written: dict[str, tuple[Request, int, int | None]] = {}
         self.to_hash: dict[str, None] = {}  # keys of ``written``, in order
-        # Per request: blocks that some layer did not fill, which nobody may find by their hash.
-        self.unfilled: dict[str, int] = {}
+        # Per request: blocks that some layer does not fill, which nobody may find by their hash.
+        self.unfilled: dict[str, range] = {}
         self.tails = RetainedTails(self.sliding_window, self.block_size, self.scheduler_block_size)
         self.gauge = block_gauge(self)
 
@@ -70,9 +71,22 @@ class ReleasingWindowManager(SlidingWindowManager):
 
     def _hash(self, request_id: str) -> None:
         super().cache_blocks(*self.written[request_id])
-        index = self.unfilled.pop(request_id, None)
-        if index is not None:
-            self.block_pool.evict_blocks({self.req_to_blocks[request_id][index].block_id})
+        unfilled = self.unfilled.get(request_id)
+        if unfilled is None:
+            return
+        blocks = self.req_to_blocks[request_id][unfilled.start : unfilled.stop]
+        self.block_pool.evict_blocks({block.block_id for block in blocks if not block.is_null})
+        # A block is hashed once a boundary of all groups is reached: that may be steps later.
+        if self.num_cached_block[request_id] >= unfilled.stop:
+            del self.unfilled[request_id]
+
+    def note_unfilled(self, request_id: str, begin: int, end: int) -> None:
+        """Some layer does not store the tokens from ``begin`` to ``end``: of all blocks with any of
+        them none may be found by its hash."""
+        first, stop = begin // self.block_size, cdiv(end, self.block_size)
+        if request_id in self.unfilled:
+            first = min(first, self.unfilled[request_id].start)
+        self.unfilled[request_id] = range(first, stop)
 
     def remove_skipped_blocks(self, request_id: str, total_computed_tokens: int) -> None:
         """Return what left the window. vLLM stops at the first null block; here null blocks and

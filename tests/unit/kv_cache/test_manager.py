@@ -225,3 +225,16 @@ def test_stock_holds_the_whole_chunk():
     manager = engine.manager.coordinator.single_type_managers[1]
     assert type(manager) is SlidingWindowManager
     assert sum(not b.is_null for b in manager.req_to_blocks[name]) == 32
+
+
+def test_a_block_that_some_layer_fills_in_part_serves_no_hit():
+    """All layers store the last 8 of the chunk's 17 tokens, one of the four in block 2 less: drafts
+    that may be rejected keep the block, and a prompt that ends behind it must not resume there."""
+    engine = ModelEngine(window=5, drafts=2, num_blocks=60, max_model_len=160, stored_tail=8)
+    rng = random.Random(0)
+    text = [rng.randrange(50) for _ in range(30)]
+    first = engine.add(text[:21])
+    engine.step({first: 17}, rng)
+    second = engine.add(text[:12] + [rng.randrange(50) for _ in range(13)])
+    engine.step({first: 1, second: 1}, rng)  # reads are checked
+    assert engine.hit_tokens == 0
