@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.serving.levels import run_level
 from benchmarks.serving.options import Options, Workload
 from benchmarks.serving.server import Running
-from examples.quickstart.processes import CommandFailed, run
+from examples.quickstart.processes import CommandFailed, run, vllm_command
 
 WITHIN = 0.05
 """How far the two may differ."""
@@ -90,8 +89,8 @@ def bench_command(
     server: Running, workload: Workload, level: float, model: dict[str, Any]
 ) -> list[str]:
     """vLLM's own client, sending ``level`` requests at once."""
-    vllm = str(Path(sys.executable).with_name("vllm"))
-    command = [vllm, "bench", "serve", "--backend", "openai", "--base-url", server.base_url]
+    command = [*vllm_command(), "bench", "serve"]
+    command += ["--backend", "openai", "--base-url", server.base_url]
     command += ["--endpoint", "/v1/completions", "--model", model["name"]]
     command += ["--tokenizer", server.command[server.command.index("serve") + 1]]
     command += ["--dataset-name", "random", "--random-input-len", str(workload.prompt_tokens)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,12 @@ import httpx
 from benchmarks.serving.options import Server
 from benchmarks.serving.spread import OPTIONS, spread_of
 from benchmarks.serving.system import System
-from examples.quickstart.processes import errors_or_end, free_port, process_group
+from examples.quickstart.processes import (
+    errors_or_end,
+    free_port,
+    process_group,
+    vllm_command,
+)
 from vllm_attnedit.errors import AttnEditError
 
 _MEMORY = re.compile(r"out of memory|OutOfMemory|No available memory|Cannot allocate memory", re.I)
@@ -86,7 +91,7 @@ def check_arguments(system: System, server: Server) -> None:
 
 def command_of(system: System, server: Server, model: Path, name: str, port: int) -> list[str]:
     """The ``vllm serve`` command line."""
-    program = server.program or (str(Path(sys.executable).with_name("vllm")),)
+    program = server.program or vllm_command()
     command = [*program, "serve", str(model), "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", str(server.max_model_len)]
@@ -126,12 +131,14 @@ def serving(system: System, server: Server, model: Path, name: str, log: Path) -
     """Serve ``model`` while the block runs; its port is free again afterwards.
 
     Raises:
-        AttnEditError: if the port is taken.
+        AttnEditError: if the port is taken, or the program is not there.
         ServerFailed: if it ends or is not up in time.
     """
     port = server.port or free_port()
     _require_free(port)
     command = command_of(system, server, model, name, port)
+    if shutil.which(command[0]) is None:
+        raise AttnEditError("server.program", command[0], "name a program that can be run")
     base_url = f"http://127.0.0.1:{port}"
     with process_group(command, log=log, env=environment_of(server)) as process:
         deadline = time.monotonic() + server.start_s

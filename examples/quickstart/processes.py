@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,14 @@ _PORTS = range(20_000, 32_000)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _deferring = False
 _pending: int | None = None
+
+
+def vllm_command() -> list[str]:
+    """The ``vllm`` program of this Python, as a module.
+
+    Its script need not lie beside the interpreter, nor name this one (``pip install --target``).
+    """
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
 def free_port() -> int:

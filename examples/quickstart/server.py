@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import http.client
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from examples.quickstart.processes import CommandFailed, free_port, process_group
+from examples.quickstart.processes import (
+    CommandFailed,
+    free_port,
+    process_group,
+    vllm_command,
+)
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a share of the machine's memory
@@ -48,8 +52,7 @@ def serve(
         CommandFailed: if the server ends, or is not ready in time.
     """
     port = free_port()
-    vllm = Path(sys.executable).with_name("vllm")
-    command = [str(vllm), "serve", str(model), "--served-model-name", name]
+    command = [*vllm_command(), "serve", str(model), "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), *ARGUMENTS, *arguments]
     with process_group(command, log=log, env=ENVIRONMENT) as process:
         try:

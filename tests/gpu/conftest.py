@@ -16,6 +16,8 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def own_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    # A forked one is refused by the driver once a test before it in this process opened a GPU.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     # Tests ask that process which backends it took, by a function of their own.
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     # Compiled graphs of another test or of older code are never taken.

@@ -78,6 +78,12 @@ def test_a_server_that_does_not_come_up(
         probe.bind(("127.0.0.1", port))
 
 
+def test_a_program_that_is_not_there_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    config["server"]["program"] = [str(tmp_path / "vllm")]
+    with pytest.raises(AttnEditError, match=r"server\.program: .*/vllm: name a program"):
+        benchmark_of(config, tmp_path).run()
+
+
 def test_a_burst_that_does_not_finish_gives_no_figure(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
