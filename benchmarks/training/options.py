@@ -38,6 +38,7 @@ class Student:
     gate: Literal["headwise", "elementwise", "none"] | None = option("default by target", None)
     kv_lora_rank: int | None = option("MLA: width of the latent", None)
     qk_rope_head_dim: int | None = option("MLA: width of the RoPE key", None)
+    qk_nope_head_dim: int | None = option("MLA: a head's width without position", None)
     calibration: str | None = option("MLA, inherit: text file; default: built in", None)
     calibration_tokens: int | None = option("of that text", None)
     calibration_device: str | None = option("where the teacher reads it; default cpu", None)

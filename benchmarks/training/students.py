@@ -34,6 +34,7 @@ def edit_command(
         "gate": plan.gate,
         "kv-lora-rank": plan.kv_lora_rank,
         "qk-rope-head-dim": plan.qk_rope_head_dim,
+        "qk-nope-head-dim": plan.qk_nope_head_dim,
         "seed": plan.seed,
         "calibration": student.calibration,
         "calibration-tokens": student.calibration_tokens,
