@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -56,6 +58,19 @@ def check_experts(config: AttnEditConfig, vllm_config: VllmConfig) -> None:
         raise AttnEditError("--enable-expert-parallel", True, fix)
 
 
+def forward_context(
+    config: AttnEditConfig, vllm_config: VllmConfig
+) -> Callable[[], AbstractContextManager[None]]:
+    """What a step runs in.
+
+    On CPU vLLM 0.23's experts, where they are plain products (float32 on processors with AMX),
+    look the configuration up as they run, when it is not set any more (vllm-project/vllm#45447).
+    """
+    if config.family.moe and current_platform.is_cpu():
+        return partial(set_current_vllm_config, vllm_config)
+    return nullcontext
+
+
 class AttnEditForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
     """The served model; held to :class:`vllm_attnedit.hf.AttnEditForCausalLM`."""
 
@@ -71,6 +86,7 @@ class AttnEditForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         check_servable(config, get_tensor_model_parallel_world_size())
         check_experts(config, vllm_config)
         self.config = config
+        self._forward_context = forward_context(config, vllm_config)
         self.quant_config = vllm_config.quant_config
         if set(config.edit.layer_types) == {LATENT}:
             # No layer has a fused qkv_proj: a latent layer's q_proj stands alone.
@@ -101,7 +117,8 @@ class AttnEditForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
         """Hidden states (T, hidden) of the batch's tokens."""
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        with self._forward_context():
+            return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)
