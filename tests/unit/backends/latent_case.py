@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 C, P, V, B = 32, 16, 48, 16
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)

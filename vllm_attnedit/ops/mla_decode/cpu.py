@@ -1,9 +1,9 @@
-"""Absorbed latent attention over a paged latent cache on CPU: two matrix products a group.
+"""Absorbed latent attention over a paged latent cache on CPU: dense tiles, the host's kernels.
 
 Stretches of keys of similar length, of one request or of several, are gathered into one dense tile
-that stays in the CPU's cache, and all heads attend to it at once; stretches of one request are
-merged by their softmax sums. No loop runs over tokens, heads or pages. Scores are rounded to the
-query's dtype between the products, which are the host library's.
+that stays in the CPU's cache, and all heads attend to it at once: as query rows of torch's fused
+attention, or by two matrix products with scores that are rounded to the query's dtype between them.
+Stretches of one request are merged by their softmax sums. No loop runs over tokens, heads or pages.
 
 Shapes: T tokens, N heads, C kv_lora_rank, P qk_rope_head_dim, L elements of a cache entry,
 G stretches of a group, Q query tokens each, S keys.
@@ -11,67 +11,27 @@ G stretches of a group, Q query tokens each, S keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-#: Bytes of a tile: it is written once and read by both products.
+from vllm_attnedit.ops.mla_decode.cpu_groups import Group, Stretch, groups
+
+#: Bytes of a tile: it is written once and read twice.
 TILE_BYTES = 6 * 2**20
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Keys of one request that attend together; pages are whole but for the last."""
+@lru_cache
+def fused_is_faster(dtype: torch.dtype) -> bool:
+    """Whether torch's fused attention takes less time here than two products and a softmax.
 
-    request: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """Stretches that are computed at once, the longest first."""
-
-    stretches: list[Stretch]
-    query_len: int
-    whole: bool  # each is its request's only one
-
-
-def groups(query_lens: list[int], seq_lens: list[int], page: int, most: int) -> Iterator[Group]:
-    """All keys of all requests that have queries; those of one query length and similar length
-    together.
-
-    Args:
-        query_lens: query tokens of each request.
-        seq_lens: tokens of each request.
-        page: block size.
-        most: keys of a group, padding included; at least a page.
+    On processors with AMX it does (`benchmarks/results/mla_decode_cpu_amx.json`), on those with
+    AVX-512 alone it does not, the gathering included (`mla_decode_cpu.json`).
     """
-    step = most // page * page
-    stretches = [
-        Stretch(r, start, min(start + step, seq_lens[r]))
-        for r, query in enumerate(query_lens)
-        if query
-        for start in range(0, seq_lens[r], step)
-    ]
-
-    def kind(s: Stretch) -> tuple[int, bool]:
-        return query_lens[s.request], seq_lens[s.request] <= step
-
-    stretches.sort(key=lambda s: (kind(s), s.start - s.stop))
-    chosen: list[Stretch] = []
-    for stretch in stretches:
-        if chosen:
-            longest = -(-(chosen[0].stop - chosen[0].start) // page) * page
-            if kind(chosen[0]) != kind(stretch) or (len(chosen) + 1) * longest > step:
-                yield Group(chosen, *kind(chosen[0]))
-                chosen = []
-        chosen.append(stretch)
-    if chosen:
-        yield Group(chosen, *kind(chosen[0]))
+    amx = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return bool(amx) and dtype in (torch.float32, torch.bfloat16)
 
 
 def mla_decode(
@@ -121,28 +81,18 @@ def mla_decode(
             tile = tile.to(query.dtype)
             tile = tile if kv_scale is None else tile.mul_(kv_scale)
         grouped = query[rows].view(len(requests), -1, query.shape[2])  # (G, Q * N, C + P)
-        keys = tile[..., : width - factors].transpose(1, 2)
-        scores = torch.baddbmm(grouped.new_empty(1), grouped, keys, beta=0, alpha=scale)
-        scores = scores.unflatten(1, (group.query_len, -1))  # (G, Q, N, S)
-        if factors:
-            by_head = tile[..., width - factors :].view(torch.float32).transpose(1, 2)
-            scores = scores * by_head[:, None]
-        _hide(scores, group, lengths)
-        if group.whole:
-            weights = scores.softmax(-1).to(query.dtype)
+        hidden = _hidden(group, lengths, tile.shape[1])
+        if factors or not fused_is_faster(query.dtype):
+            attended, lse = _by_products(grouped, tile, hidden, group, scale, factors)
         else:
-            wide = scores.softmax(-1, dtype=torch.float32)
-            # The greatest weight is exp(greatest score) over the sum.
-            lse = scores.amax(-1).float() - wide.amax(-1).log()  # (G, Q, N)
-            weights = wide.to(query.dtype)
-        # Whole entries: a product with a part of each would copy it first.
-        attended = torch.bmm(weights.flatten(1, 2), tile)[..., :rank].view(-1, *out.shape[1:])
+            attended, lse = _by_fused(grouped, tile, hidden, group, scale)
+        attended = attended[..., :rank].view(-1, *out.shape[1:])
         if group.whole:
             out[rows] = attended
             continue
         if merged is None:
             merged = _nothing(out)
-        _merge(merged, rows, attended, lse.flatten(0, 1))
+        _merge(merged, rows, attended, lse.view(-1, out.shape[1]))
     if merged is not None:
         total, summed, seen = merged
         split = seen[:, 0].isfinite()
@@ -176,17 +126,58 @@ def _gather(
     return tile
 
 
-def _hide(scores: Tensor, group: Group, lengths: list[int]) -> None:
-    """Take from (G, Q, N, S) the keys that come after each query, in place."""
-    tokens, keys = scores.shape[1], scores.shape[3]
+def _hidden(group: Group, lengths: list[int], keys: int) -> Tensor | None:
+    """(G, Q, S): keys that come after each query; ``None`` if none does."""
     left = torch.tensor([lengths[s.request] - s.start for s in group.stretches])
     stop = torch.tensor([s.stop - s.start for s in group.stretches])
-    seen = left[:, None] - torch.arange(tokens - 1, -1, -1)  # (G, Q), of keys from the start on
-    hidden = torch.arange(keys) >= torch.minimum(seen, stop[:, None])[..., None]  # (G, Q, S)
-    if bool(hidden.any()):
+    seen = left[:, None] - torch.arange(group.query_len - 1, -1, -1)  # (G, Q), from the start on
+    hidden = torch.arange(keys) >= torch.minimum(seen, stop[:, None])[..., None]
+    return hidden if bool(hidden.any()) else None
+
+
+def _by_products(
+    grouped: Tensor, tile: Tensor, hidden: Tensor | None, group: Group, scale: float, factors: int
+) -> tuple[Tensor, Tensor]:
+    """Queries (G, Q * N, C + P) to a tile (G, S, L): (G, Q * N, L), of which the first C count, and
+    the logarithms of the softmax sums (G, Q, N), of no use where the group's stretches are whole.
+    """
+    keys = tile[..., : grouped.shape[2]].transpose(1, 2)
+    scores = torch.baddbmm(grouped.new_empty(1), grouped, keys, beta=0, alpha=scale)
+    scores = scores.unflatten(1, (group.query_len, -1))  # (G, Q, N, S)
+    if factors:
+        by_head = tile[..., tile.shape[2] - factors :].view(torch.float32).transpose(1, 2)
+        scores = scores * by_head[:, None]
+    if hidden is not None:
         # Finite: a stretch may lie wholly after a query, and gets its weight when merged.
-        low = torch.finfo(scores.dtype).min
-        scores.masked_fill_(hidden[:, :, None], low)
+        scores.masked_fill_(hidden[:, :, None], torch.finfo(scores.dtype).min)
+    if group.whole:
+        weights, lse = scores.softmax(-1).to(grouped.dtype), scores
+    else:
+        wide = scores.softmax(-1, dtype=torch.float32)
+        # The greatest weight is exp(greatest score) over the sum.
+        lse = scores.amax(-1).float() - wide.amax(-1).log()
+        weights = wide.to(grouped.dtype)
+    # Whole entries: a product with a part of each would copy it first.
+    return torch.bmm(weights.flatten(1, 2), tile), lse
+
+
+def _by_fused(
+    grouped: Tensor, tile: Tensor, hidden: Tensor | None, group: Group, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_by_products`, without factors. What torch's public function dispatches to, which
+    keeps the logarithms to itself."""
+    mask = None
+    if hidden is not None:
+        mask = grouped.new_zeros(()).masked_fill(hidden, torch.finfo(grouped.dtype).min)
+        heads = grouped.shape[1] // group.query_len
+        if group.query_len > 1:
+            mask = mask.repeat_interleave(heads, dim=1)
+        mask = mask[:, None]  # (G, 1, 1 or Q * N, S)
+    entries = tile[:, None]
+    attended, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        grouped[:, None], entries, entries, attn_mask=mask, scale=scale
+    )
+    return attended[:, 0], lse
 
 
 def _nothing(out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
