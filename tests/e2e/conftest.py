@@ -56,6 +56,8 @@ def client(gateswa: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     log = tmp_path_factory.mktemp("serve") / "serve.log"
     # With an empty folder the engine's own gauges reach the server's /metrics.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path_factory.mktemp("gauges"))
-    with serve(gateswa, MODEL, log=log) as base_url:
+    # By itself vLLM would round to bfloat16, in which this small model may answer otherwise.
+    arguments = ("--dtype", "float32")
+    with serve(gateswa, MODEL, log=log, arguments=arguments) as base_url:
         del os.environ["PROMETHEUS_MULTIPROC_DIR"]
         yield OpenAI(base_url=base_url, api_key="none", timeout=300.0, max_retries=0)
