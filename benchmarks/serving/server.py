@@ -18,12 +18,7 @@ import httpx
 from benchmarks.serving.options import Server
 from benchmarks.serving.spread import OPTIONS, spread_of
 from benchmarks.serving.system import System
-from examples.quickstart.processes import (
-    errors_or_end,
-    free_port,
-    process_group,
-    vllm_command,
-)
+from examples.quickstart.processes import errors_or_end, free_port, process_group, vllm_command
 from vllm_attnedit.errors import AttnEditError
 
 _MEMORY = re.compile(r"out of memory|OutOfMemory|No available memory|Cannot allocate memory", re.I)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.training.options import Student
 from training.files import digest
+from vllm_attnedit.edit.patterns import option_name
 
 
 def slug_of(student: Student) -> str:
@@ -26,25 +27,12 @@ def edit_command(
     teacher: str, student: Student, chosen: Sequence[int] | None, folder: Path
 ) -> list[str]:
     """``attnedit edit`` for a student; ``chosen`` are the layers that calibration chose."""
-    plan = student.plan(chosen)
-    options = {
-        "target": plan.target,
-        "init": plan.init,
-        "window": plan.window,
-        "gate": plan.gate,
-        "kv-lora-rank": plan.kv_lora_rank,
-        "qk-rope-head-dim": plan.qk_rope_head_dim,
-        "qk-nope-head-dim": plan.qk_nope_head_dim,
-        "seed": plan.seed,
-        "calibration": student.calibration,
-        "calibration-tokens": student.calibration_tokens,
-        "calibration-device": student.calibration_device,
-    }
-    if plan.full_layers is not None:
-        options["full-layers"] = ",".join(map(str, plan.full_layers))
+    layers = student.plan(chosen).full_layers
+    options = asdict(student)
+    options["full_layers"] = None if layers is None else ",".join(map(str, layers))
     command = [sys.executable, "-c", "from vllm_attnedit.cli import main; main()"]
     command += ["edit", teacher, str(folder)]
     for name, value in options.items():
         if value is not None:
-            command += [f"--{name}", str(value)]
+            command += [option_name(name), str(value)]
     return command

@@ -9,12 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from examples.quickstart.processes import (
-    CommandFailed,
-    free_port,
-    process_group,
-    vllm_command,
-)
+from examples.quickstart.processes import CommandFailed, free_port, process_group, vllm_command
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a share of the machine's memory

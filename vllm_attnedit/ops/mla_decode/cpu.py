@@ -87,7 +87,7 @@ def mla_decode(
         else:
             attended, lse = _by_fused(grouped, tile, hidden, group, scale)
         attended = attended[..., :rank].view(-1, *out.shape[1:])
-        if group.whole:
+        if lse is None:
             out[rows] = attended
             continue
         if merged is None:
@@ -137,9 +137,9 @@ def _hidden(group: Group, lengths: list[int], keys: int) -> Tensor | None:
 
 def _by_products(
     grouped: Tensor, tile: Tensor, hidden: Tensor | None, group: Group, scale: float, factors: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Queries (G, Q * N, C + P) to a tile (G, S, L): (G, Q * N, L), of which the first C count, and
-    the logarithms of the softmax sums (G, Q, N), of no use where the group's stretches are whole.
+    G * Q * N logarithms of the softmax sums, which whole stretches do not need.
     """
     keys = tile[..., : grouped.shape[2]].transpose(1, 2)
     scores = torch.baddbmm(grouped.new_empty(1), grouped, keys, beta=0, alpha=scale)
@@ -151,7 +151,7 @@ def _by_products(
         # Finite: a stretch may lie wholly after a query, and gets its weight when merged.
         scores.masked_fill_(hidden[:, :, None], torch.finfo(scores.dtype).min)
     if group.whole:
-        weights, lse = scores.softmax(-1).to(grouped.dtype), scores
+        weights, lse = scores.softmax(-1).to(grouped.dtype), None
     else:
         wide = scores.softmax(-1, dtype=torch.float32)
         # The greatest weight is exp(greatest score) over the sum.
@@ -163,21 +163,20 @@ def _by_products(
 
 def _by_fused(
     grouped: Tensor, tile: Tensor, hidden: Tensor | None, group: Group, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """As :func:`_by_products`, without factors. What torch's public function dispatches to, which
     keeps the logarithms to itself."""
     mask = None
     if hidden is not None:
         mask = grouped.new_zeros(()).masked_fill(hidden, torch.finfo(grouped.dtype).min)
-        heads = grouped.shape[1] // group.query_len
         if group.query_len > 1:
-            mask = mask.repeat_interleave(heads, dim=1)
+            mask = mask.repeat_interleave(grouped.shape[1] // group.query_len, dim=1)
         mask = mask[:, None]  # (G, 1, 1 or Q * N, S)
     entries = tile[:, None]
     attended, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         grouped[:, None], entries, entries, attn_mask=mask, scale=scale
     )
-    return attended[:, 0], lse
+    return attended[:, 0], None if group.whole else lse
 
 
 def _nothing(out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
