@@ -168,6 +168,11 @@ class LogConfig:
     every: int = option("steps between progress lines", 10)
     tensorboard: bool = option("write <output>/tensorboard", True)
     curves: bool = option("draw <output>/curves.png at every checkpoint", True)
+    profile: int | None = option(
+        "trace so many steps, after the first 20, to <output>/trace.json.gz (for Perfetto or "
+        "chrome://tracing)",
+        None,
+    )
     peak_tflops: float | None = option(
         "bf16 peak of the device for the MFU; default: by device name (H100, H200, A100, ...)", None
     )

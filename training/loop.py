@@ -24,6 +24,7 @@ from training.optim import build_optimizer, make_schedule, set_lr
 from training.parallel import Devices
 from training.progress import Progress, rewind_metrics
 from training.stage import Stage, StepResult
+from training.tracing import StepTrace
 from vllm_attnedit.errors import AttnEditError
 
 
@@ -108,10 +109,15 @@ class Loop:
         if self._resumed.path is not None:
             self._say(f"resumed from {self._resumed.path}: {first} of {steps} steps are done")
         progress = self._start_progress(first, steps)
+        traced = self._config.log.profile if self._devices.main else None
+        trace = StepTrace(self._folder, traced, first, self._devices.device)
         step, stopped = first, False
         try:
             with _termination() as asked:
                 for batches in self._stream.steps(first, steps):
+                    spent = trace.before(step)
+                    if progress is not None:
+                        progress.skip(spent)
                     lr = set_lr(self._optimizer, schedule.factor(step))
                     row = self._step(step, batches) | {"lr": lr}
                     step += 1
@@ -128,6 +134,7 @@ class Loop:
                             progress.skip(time.monotonic() - began)
             path = self._save(step)
         finally:
+            trace.close()
             if progress is not None:
                 progress.close()
         return Outcome(step == steps, path, step)

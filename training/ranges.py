@@ -12,7 +12,7 @@ _POSITIVE = {
     "data.sources.max_tokens", "run.minutes", "optim.tokens", "optim.batch", "optim.micro_batch",
     "optim.eps", "stage1.lr", "stage2.lr", "stage2.chunk_tokens", "stage2.top_k",
     "checkpoint.keep", "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.parts_mb",
-    "log.every", "log.peak_tflops", "generate.samples", "generate.seed_tokens",
+    "log.every", "log.peak_tflops", "log.profile", "generate.samples", "generate.seed_tokens",
     "generate.max_tokens", "generate.batch", "evaluate.batch", "evaluate.limit",
     "evaluate.max_windows", "evaluate.passkey.lengths", "evaluate.passkey.trials", "choose.count",
     "choose.window", "choose.sequences",

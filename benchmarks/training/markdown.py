@@ -21,6 +21,7 @@ def write_markdown(
     lines += [f"{provenance['date']}, {provenance['machine']}, commit {provenance['commit']}", ""]
     lines += [f"`{provenance['command']}`", ""]
     lines += _runs(plan)
+    lines += _times(plan)
     quality = [row for row in rows if "variant" in row]
     lines += _scores(quality)
     lines += _rivals(quality)
@@ -62,6 +63,26 @@ def _runs(plan: Plan) -> list[str]:
                 ]
             lines.append("| " + " | ".join(cells) + " |")
     return [*lines, "", _READING, ""]
+
+
+def _times(plan: Plan) -> list[str]:
+    """Where the time of traced steps went."""
+    traced = [
+        (f"{run.name} {stage}", known["shares"])
+        for run in plan.experiment.runs
+        for stage, known in read_result(plan.layout, run.name).get("stages", {}).items()
+        if known.get("shares")
+    ]
+    if not traced:
+        return []
+    kinds = sorted({kind for _, shares in traced for kind in shares})
+    kinds.sort(key=lambda kind: -sum(shares.get(kind, 0.0) for _, shares in traced))
+    lines = ["## Where a step's time goes", ""]
+    lines += ["| traced | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds)]
+    for name, shares in traced:
+        cells = [f"{shares.get(kind, 0.0):.1%}" for kind in kinds]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 _READING = (

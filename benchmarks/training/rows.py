@@ -39,6 +39,11 @@ def _stage_rows(case: str, known: dict[str, Any], stage: str) -> Iterator[dict[s
             "case": case, "metric": "tokens per second", "value": rate, "unit": "tok/s",
             "control": None, "ratio": None, **about, "mfu": mfu,
         }  # fmt: skip
+    for kind, value in (known.get("shares") or {}).items():
+        yield {
+            "case": case, "metric": f"time of {kind}", "value": value, "unit": "share",
+            "control": "traced steps", "ratio": value, **about,
+        }  # fmt: skip
     name = "loss" if stage == "stage1" else "kl"
     last, first = known["last"].get(name), known["first"].get(name)
     if last is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.trace import TRAINING, read_trace_events, shares
 from benchmarks.training.layout import Layout
 from training.checkpoint import find_checkpoints, read_state
 from training.config import Config
@@ -14,6 +15,7 @@ from training.models import student_config
 from training.options import flatten
 from training.progress import SPEED, read_metrics
 from training.resuming import check_continuation
+from training.tracing import TRACE
 from vllm_attnedit.accounting import kv_bytes_per_token
 from vllm_attnedit.config import SLIDING
 from vllm_attnedit.errors import AttnEditError
@@ -93,6 +95,7 @@ def record(
         "first": means(rows[:_FIRST]) if rows[0]["step"] == 1 else known.get("first", {}),
         "last": means(rows[-_LAST:]),
         "curve": _curve(known.get("curve", []), rows),
+        "shares": _shares(folder) or known.get("shares"),
         "config": flatten(config),
     }  # fmt: skip
     layout.result(run).parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +142,13 @@ def _curve(known: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict
     points = [rows[i : i + group] for i in range(0, len(rows), group)]
     before = [point for point in known if point["tokens"] < rows[0]["tokens"]]
     return before + [{"tokens": part[-1]["tokens"], **means(part)} for part in points]
+
+
+def _shares(folder: Path) -> dict[str, float] | None:
+    """Where the time of the traced steps went, if some were traced (``log.profile``)."""
+    if not (folder / TRACE).is_file():
+        return None
+    return shares(read_trace_events(folder / TRACE), TRAINING)
 
 
 def _speed(folder: Path) -> list[dict[str, Any]]:

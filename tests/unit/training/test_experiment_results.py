@@ -20,6 +20,7 @@ from benchmarks.training.plan import Plan
 from benchmarks.training.rows import add_rivals, quality_rows, training_rows
 from benchmarks.training.stages import record
 from tests.unit.training.small import small_config
+from training import tracing
 from training.evaluation.suite import run_suite
 from training.runs import train
 from vllm_attnedit.errors import AttnEditError
@@ -103,6 +104,24 @@ def test_a_curve_goes_on_where_its_first_part_is_lost(plan):
     assert [point["tokens"] for point in whole["curve"]] == [256 * (i + 1) for i in range(STEPS)]
     assert whole["curve"][0] == part["curve"][0]
     assert whole["first"] == part["first"]
+
+
+def test_a_traced_run_says_where_its_time_goes(plan, monkeypatch):
+    monkeypatch.setattr(tracing, "WARM_UP", 1)
+    part = take_part(plan, 10.0)
+    assert part["shares"] is None
+    shutil.rmtree(plan.layout.stage("mine", "stage2"))
+    plan.layout.result("mine").unlink()
+    plan.experiment.options["log"]["profile"] = 2
+    shares = take_part(plan, 10.0)["shares"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["GEMM"] > 0 and shares["attention"] > 0
+    assert shares["loss over the vocabulary"] > 0
+    rows = [row for row in training_rows(plan) if row["metric"].startswith("time of ")]
+    assert [row["value"] for row in rows] == list(shares.values())
+    report.write_report(plan)
+    text = (plan.layout.out / "report.md").read_text()
+    assert f"| mine stage2 | {max(shares.values()):.1%} |" in text
 
 
 @pytest.mark.parametrize(("higher", "best", "beats"), [(True, "b", False), (False, "a", True)])
