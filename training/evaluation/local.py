@@ -62,7 +62,9 @@ def task_description(name: str, file: Path) -> dict[str, Any]:
     return found | {
         "output_type": "loglikelihood",
         "doc_to_text": "{{context}}",
-        "doc_to_target": "{{continuation}}",
+        # Between a question and what is scored the harness puts its delimiter for choices only.
+        "doc_to_target": "{{' ' + continuation}}",
+        "target_delimiter": "",
         "metric_list": accuracy[:1],
     }
 

@@ -107,14 +107,34 @@ def test_local_tasks_score_as_by_hand(pair, teacher, task_files):
     assert found["words", "acc"].samples == tuple(right)
 
 
-def test_examples_are_other_questions_with_their_answers(pair, teacher, task_files, monkeypatch):
-    asked: list[tuple[str, str]] = []
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, str]]:
+    """What the harness asks the model to score, context and continuation; no model answers."""
+    seen: list[tuple[str, str]] = []
 
     def note(_self, requests, **_):
-        asked.extend(request.args for request in requests)
+        seen.extend(request.args for request in requests)
         return [(0.0, False)] * len(requests)
 
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM.loglikelihood", note)
+    return seen
+
+
+def test_last_words_come_after_a_space(asked, pair, teacher, task_files):
+    """Scored without it they would be the end of the word before, and often no token at all."""
+    tokenizer = load_tokenizer(str(pair[0]))
+    options: dict[str, Any] = {"limit": None, "batch": 1, "seed": 0, "folder": str(task_files)}
+    rows = TASKS["words"]
+    run_tasks(teacher, tokenizer, ["words"], shots=0, **options)
+    assert asked == [(row["context"], " " + row["continuation"]) for row in rows]
+    asked.clear()
+    run_tasks(teacher, tokenizer, ["words"], shots=1, **options)
+    solved = [f"{row['context']} {row['continuation']}" for row in rows]
+    contexts = [f"{solved[1 - i]}\n\n{row['context']}" for i, row in enumerate(rows)]
+    assert [context for context, _ in asked] == contexts
+
+
+def test_examples_are_other_questions_with_their_answers(asked, pair, teacher, task_files):
     tokenizer = load_tokenizer(str(pair[0]))
     options: dict[str, Any] = {"shots": 5, "limit": None, "batch": 1, "seed": 0}
     run_tasks(teacher, tokenizer, ["choices"], folder=str(task_files), **options)
