@@ -29,15 +29,14 @@ SERVING: Kinds = (
     ("norms, RoPE, activations", r"norm|rotary|rope|silu|swiglu|act_and_mul|triton_|elementwise"),
 )
 TRAINING: Kinds = (
-    ("attention", r"flash|fmha|varlen|flex_attention|sdpa|scaled_dot"),
     ("loss over the vocabulary", r"softmax|argmax|logsumexp"),
-    (
-        "GEMM",
-        r"gemm|gemv|cutlass|nvjet|cublas|xmma|splitK|matmul|addmm|_mm\b|::mm\b|::bmm\b|linear",
-    ),
+    # What the compiler fused, whatever operators its name lists.
+    ("norms, RoPE, activations", r"^triton_"),
+    ("attention", r"flash|fmha|varlen|flex_attention|sdpa|scaled_dot"),
+    ("GEMM", r"gemm|gemv|cutlass|nvjet|cublas|xmma|splitK|matmul|addmm|_mm\b|::b?mm\b|linear"),
     ("optimiser, clipping", r"adam|multi_tensor|foreach|lpnorm|vector_norm"),
     ("copies", r"memcpy|memset|copy_|_to_copy|aten::to\b|index_select|gather"),
-    ("norms, RoPE, activations", r"norm|rotary|rope|silu|triton_|elementwise|reduce_kernel"),
+    ("norms, RoPE, activations", r"norm|rotary|rope|silu|elementwise|reduce_kernel"),
 )
 _DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 

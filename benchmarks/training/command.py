@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,10 @@ from examples.quickstart.processes import process_group, stop_on_signals
 from vllm_attnedit.errors import AttnEditError
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES")
+_THREADS = "OMP_NUM_THREADS"
+_MOST_THREADS = 8
+"""Of a task that has a device: what it does on the CPU (small decompositions, packing) gains
+nothing from more, and workers that each take all cores are several times slower."""
 _GRACE_S = 10.0
 """That a worker has beyond its stage's time to save."""
 
@@ -118,15 +123,23 @@ def run_experiment(
 def _work(call: Call, plan: Plan, deadline: float | None) -> None:
     device = call.device
     mark = "" if device is None else f" [{device}]"
+    env = {} if device is None else dict.fromkeys(_VISIBLE, device) | _threads()
     Runner(
         lambda: plan.missing(call.only),
         plan.layout,
         plan.experiment.seconds,
         deadline,
         call.began,
-        {} if device is None else dict.fromkeys(_VISIBLE, device),
+        env,
         lambda line: print(f"[{time.strftime('%H:%M:%S')}]{mark} {line}", flush=True),
     ).run()
+
+
+def _threads() -> dict[str, str]:
+    """Threads of a task, unless the user has set them."""
+    if _THREADS in os.environ:
+        return {}
+    return {_THREADS: str(min(_MOST_THREADS, os.cpu_count() or 1))}
 
 
 def _share(calls: Sequence[Call], plan: Plan) -> None:

@@ -83,6 +83,9 @@ def test_kinds_of_serving(name: str, kind: str) -> None:
         ("multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimiser, clipping"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
         ("triton_poi_fused_mul_silu_3", "norms, RoPE, activations"),
+        ("triton_per_fused__to_copy_add_mean_mul_pow_rsqrt_0", "norms, RoPE, activations"),
+        ("triton_per_fused__varlen_attn_backward_sigmoid_1", "norms, RoPE, activations"),
+        ("void at::native::reduce_kernel<128, 4>", "norms, RoPE, activations"),
         ("something_else", "other"),
     ],
 )

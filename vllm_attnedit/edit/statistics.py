@@ -57,7 +57,8 @@ class Collector:
 
     def __init__(self, layer: Any, has_one: bool) -> None:
         self._has_one = has_one
-        self._squares = _expected_squares(layer.input_layernorm.weight, has_one)
+        # Sums are kept on the CPU, wherever the layer runs.
+        self._squares = _expected_squares(layer.input_layernorm.weight.cpu(), has_one)
         size = len(self._squares)
         self._tokens = 0
         self._plain = torch.zeros(size, size, dtype=torch.float64)

@@ -6,9 +6,12 @@ import json
 import sys
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from benchmarks.training import command
 from benchmarks.training.layout import Layout
 from benchmarks.training.options import Seconds
 from benchmarks.training.runner import Runner, failures
@@ -151,3 +154,29 @@ def test_two_workers_share_the_tasks(world):
     assert world.missing() == []
     for name in ("a", "b", "c", "d", "last"):
         assert len(world.attempts(name)) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "set_by_user", "threads"), [("1", None, 8), ("1", "3", 3), (None, None, None)]
+)
+def test_workers_with_devices_share_the_cores(monkeypatch, device, set_by_user, threads):
+    seen: list[dict[str, str]] = []
+
+    class Runner:
+        def __init__(self, *arguments):
+            seen.append(arguments[5])
+
+        def run(self):
+            pass
+
+    monkeypatch.setattr(command, "Runner", Runner)
+    monkeypatch.setattr("os.cpu_count", lambda: 32)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_by_user:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
+    plan: Any = SimpleNamespace(layout=None, experiment=SimpleNamespace(seconds=None))
+    command._work(command.Call("e.yaml", "out", "work", device=device), plan, None)
+    (added,) = seen
+    found = added.get("OMP_NUM_THREADS", set_by_user)
+    assert found == (None if threads is None else str(threads))
+    assert added.get("CUDA_VISIBLE_DEVICES") == device
