@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -34,7 +35,12 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, ``-dirty`` with local changes, or None."""
+    """Commit of the checkout this package runs from, ``-dirty`` with local changes, or None.
+
+    A copy without git is told its commit by the environment variable ``ATTNEDIT_COMMIT``.
+    """
+    if named := os.environ.get("ATTNEDIT_COMMIT"):
+        return named
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str | None:
