@@ -10,7 +10,7 @@ import yaml
 from benchmarks.training.layout import Layout
 from benchmarks.training.options import Experiment, Run
 from benchmarks.training.packing import MANIFEST, unpack
-from benchmarks.training.students import slug_of
+from benchmarks.training.students import start_of
 from training.config import Config
 from training.files import read_json
 
@@ -53,11 +53,12 @@ class Models:
 
     def origin(self, run: Run) -> str:
         """What a run starts from, in one word."""
-        return f"after {run.after}" if run.student is None else slug_of(run.student)
+        return start_of(run) or f"after {run.after}"
 
     def edit(self, run: Run) -> Path | None:
         """The untrained edit that a run starts from; ``None`` if it comes after another run."""
-        return None if run.student is None else self.layout.edit(slug_of(run.student))
+        start = start_of(run)
+        return None if start is None else self.layout.edit(start)
 
     def source(self, run: Run, stage: str) -> Path:
         """The folder that a stage starts from; a packed result is unpacked."""

@@ -86,10 +86,14 @@ class Stage2:
 
 @dataclass(kw_only=True)
 class Run:
-    """One training run: an edit or another run's result, Stage 1, Stage 2, a measurement."""
+    """One training run: an edit or another run's result, Stage 1, Stage 2, a measurement.
+
+    It starts from one of ``student``, ``edit`` and ``after``.
+    """
 
     name: str = option("of the run, its folders and its rows")
-    student: Student | None = option("the edit to start from", None)
+    student: Student | None = option("the edit to make and start from", None)
+    edit: str | None = option("the file of an edit to start from instead", None)
     after: str | None = option("an earlier run to start from instead", None)
     stage1: Stage1 | None = option("default: none", None)
     stage2: Stage2 | None = option("default: none", None)
@@ -211,8 +215,12 @@ def _check(experiment: Experiment) -> None:
     names: list[str] = []
     for run in experiment.runs:
         field = f"runs.{run.name}"
-        if (run.student is None) == (run.after is None):
-            raise AttnEditError(field, f"after: {run.after}", "give it either student or after")
+        starts = [name for name in ("student", "edit", "after") if getattr(run, name) is not None]
+        if len(starts) != 1:
+            fix = "give it one of student, edit and after"
+            raise AttnEditError(field, " and ".join(starts) or "no start", fix)
+        if run.edit is not None and not Path(run.edit).is_file():
+            raise AttnEditError(f"{field}.edit", run.edit, "give the file of an edit")
         if run.after is not None:
             check_names(f"{field}.after", [run.after], names, "an earlier run")
         if not run.stages:

@@ -14,7 +14,7 @@ from benchmarks.training.measure import Job, parts_of, settings
 from benchmarks.training.models import Models, last_stage
 from benchmarks.training.options import CHOSEN, TEACHER, Baseline, Experiment, Run, Student
 from benchmarks.training.stage_tasks import pack_task, stage_task, task_name, training_command
-from benchmarks.training.students import edit_command, slug_of
+from benchmarks.training.students import start_command
 from benchmarks.training.task import Task
 from training.data.shards import MANIFEST as SHARDS_MANIFEST
 from training.files import read_json, write_json
@@ -99,20 +99,20 @@ class Plan:
 
         self._add(Task(CHOOSE, CHOOSE, "", (), path.is_file, command, ended))
 
-    def _add_edit(self, student: Student) -> str:
-        folder = self.layout.edit(slug_of(student))
-
+    def _add_edit(self, run: Run, folder: Path) -> str:
         def command() -> list[str]:
-            return edit_command(self.models.teacher, student, self.models.chosen(), folder)
+            return start_command(self.models.teacher, run, self.models.chosen(), folder)
 
         made = (folder / "config.json").is_file
-        needs = (CHOOSE,) if student.full_layers == CHOSEN else ()
+        chosen = run.student is not None and run.student.full_layers == CHOSEN
+        needs = (CHOOSE,) if chosen else ()
         return self._add(Task(f"edit@{folder.name}", "edit", "", needs, made, command))
 
     def _add_run(self, run: Run) -> None:
         keep = self.experiment.pack.keep
-        if run.student is not None:
-            first = self._add_edit(run.student)
+        edit = self.models.edit(run)
+        if edit is not None:
+            first = self._add_edit(run, edit)
         else:
             parent = self.models.runs[str(run.after)]
             first = task_name(parent.name, last_stage(parent))
@@ -125,7 +125,6 @@ class Plan:
                 self._add(pack_task(self.models, run, stage))
         measure = self._measure
         measure(run.name, run.name, run.evaluate, before, lambda: _source(self.models.result(run)))
-        edit = self.models.edit(run)
         if edit is not None:
             untrained = run.name + UNTRAINED
             measure(run.name, untrained, run.untrained, first, lambda: _source(edit))

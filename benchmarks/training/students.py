@@ -1,4 +1,4 @@
-"""Edits by their options: their names, and the command that makes them."""
+"""What runs start from, by its options: names of edits, and the commands that make them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.training.options import Student
-from training.files import digest
+from benchmarks.training.options import Run, Student
+from training.files import digest, sha256_of
 from vllm_attnedit.edit.patterns import option_name
+
+_EDIT = (sys.executable, "-c", "from vllm_attnedit.cli import main; main()", "edit")
 
 
 def slug_of(student: Student) -> str:
@@ -23,6 +25,20 @@ def slug_of(student: Student) -> str:
     return "-".join([*words, digest(about)[:8]])
 
 
+def start_of(run: Run) -> str | None:
+    """A folder's name for the edit that a run starts from; ``None`` if it comes after another."""
+    if run.edit is not None:
+        return f"file-{sha256_of(Path(run.edit))[:8]}"
+    return None if run.student is None else slug_of(run.student)
+
+
+def start_command(teacher: str, run: Run, chosen: Sequence[int] | None, folder: Path) -> list[str]:
+    """``attnedit edit`` for the edit that a run starts from, made or applied."""
+    if run.student is not None:
+        return edit_command(teacher, run.student, chosen, folder)
+    return [*_EDIT, teacher, str(folder), "--from-edit", str(run.edit)]
+
+
 def edit_command(
     teacher: str, student: Student, chosen: Sequence[int] | None, folder: Path
 ) -> list[str]:
@@ -30,8 +46,7 @@ def edit_command(
     layers = student.plan(chosen).full_layers
     options = asdict(student)
     options["full_layers"] = None if layers is None else ",".join(map(str, layers))
-    command = [sys.executable, "-c", "from vllm_attnedit.cli import main; main()"]
-    command += ["edit", teacher, str(folder)]
+    command = [*_EDIT, teacher, str(folder)]
     for name, value in options.items():
         if value is not None:
             command += [option_name(name), str(value)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from benchmarks.training import report
@@ -23,6 +25,7 @@ from tests.unit.training.small import small_config
 from training import tracing
 from training.evaluation.suite import run_suite
 from training.runs import train
+from vllm_attnedit.edit import save_edit
 from vllm_attnedit.errors import AttnEditError
 
 STEPS = 6
@@ -134,6 +137,34 @@ def test_the_best_rival_is_the_one_to_beat(higher, best, beats):
     assert rows[3]["training_free"] == best
     assert rows[3]["ratio_to_training_free"] == 1 / rows[2 if higher else 1]["value"]
     assert rows[3]["beats_training_free"] is beats
+
+
+def test_a_run_can_start_from_an_edit_that_is_there(plan, pair, tmp_path):
+    take_part(plan, 1.0)
+    file = tmp_path / "edit.safetensors"
+    save_edit(plan.models.result(plan.experiment.runs[0]), file)
+    data = json.loads((tmp_path / "experiment.json").read_text())
+    stage2 = {"tokens": 256, "lr": 1e-3}
+    data["runs"] = [{"name": "more", "edit": str(file), "stage2": stage2, "untrained": ["text"]}]
+    path = tmp_path / "more.json"
+    path.write_text(json.dumps(data))
+    plan = Plan(load_experiment(path), Layout(tmp_path / "more", tmp_path / "work"))
+    (apply,) = [task for task in plan.tasks.values() if task.kind == "edit"]
+    assert "choose" not in apply.needs
+    assert plan.tasks["more@stage2"].needs == ("tokenize", apply.name)
+    assert plan.tasks["measure@more@untrained@text"].needs == (apply.name,)
+    assert not apply.done()
+    subprocess.run(apply.command(), check=True, capture_output=True)
+    assert apply.done()
+    start = plan.models.source(plan.experiment.runs[0], "stage2")
+    mine = load_file(start / "model.safetensors")
+    theirs = load_file(tmp_path / "work/runs/mine/stage2/model/model.safetensors")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    # Another edit in the same file is another start.
+    before = plan.models.origin(plan.experiment.runs[0])
+    save_edit(pair[1], tmp_path / "other.safetensors")
+    (tmp_path / "other.safetensors").replace(file)
+    assert plan.models.origin(plan.experiment.runs[0]) != before
 
 
 def test_a_run_that_changed_is_refused(plan, tmp_path):
