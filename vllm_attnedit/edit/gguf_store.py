@@ -7,8 +7,10 @@ llama.cpp's ``convert_hf_to_gguf.py``, whose conversions are undone here.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,28 @@ _TIED_DISTANCE = 0.2
 rounding moves a matrix by less than 0.1, while two matrices trained apart are about 1.4 apart."""
 
 
+@lru_cache(maxsize=2)
+def _read(path: Path, _size: int, _changed_ns: int) -> tuple[GGUFReader, Any]:
+    """A file's reader and its configuration as transformers reads it.
+
+    The two take seconds, most of it for the vocabulary, and a command opens its teacher several
+    times. Size and time of the last change belong to the key.
+    """
+    reader = GGUFReader(path)
+    # The reader keeps an array object for every token and merge: a gigabyte for 150K tokens.
+    for key in [k for k in reader.fields if k.startswith("tokenizer.")]:
+        del reader.fields[key]
+    _check_architecture(reader)
+    return reader, AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def _check_architecture(reader: GGUFReader) -> None:
+    architecture = _field(reader, "general.architecture")
+    if architecture not in ARCHITECTURES:
+        fix = f"use a teacher of a supported family ({', '.join(ARCHITECTURES)})"
+        raise AttnEditError("general.architecture", architecture, fix)
+
+
 def _field(reader: GGUFReader, key: str) -> Any:
     field = reader.get_field(key)
     return None if field is None else field.contents()
@@ -66,18 +90,12 @@ class GgufStore:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._reader = GGUFReader(path)
+            about = path.stat()
+            self._reader, config = _read(path.absolute(), about.st_size, about.st_mtime_ns)
         except (ValueError, KeyError, IndexError, OSError) as error:
             fix = "download the file again, it is truncated or no GGUF file"
             raise AttnEditError(path.name, error, fix) from error
-        architecture = _field(self._reader, "general.architecture")
-        if architecture not in ARCHITECTURES:
-            fix = f"use a teacher of a supported family ({', '.join(ARCHITECTURES)})"
-            raise AttnEditError("general.architecture", architecture, fix)
-        self._architecture = str(architecture)
-        # The reader keeps an array object for every token and merge: a gigabyte for 150K tokens.
-        for key in [k for k in self._reader.fields if k.startswith("tokenizer.")]:
-            del self._reader.fields[key]
+        self._architecture = str(_field(self._reader, "general.architecture"))
         # Each tensor, and which expert of it; None for a tensor that is not a stack of experts.
         self._where: dict[str, tuple[ReaderTensor, int | None]] = {}
         infos: dict[str, TensorInfo] = {}
@@ -88,12 +106,13 @@ class GgufStore:
                 part = shape if expert is None else shape[1:]
                 infos[name] = TensorInfo(part, torch.float32, None)
         self.tensors: Mapping[str, TensorInfo] = infos
-        self.config = self._read_config(path)
+        # Callers change theirs.
+        self.config = self._complete(copy.deepcopy(config))
         if self.config.tie_word_embeddings:
             infos.pop("lm_head.weight", None)
 
-    def _read_config(self, path: Path) -> Any:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    def _complete(self, config: Any) -> Any:
+        """The configuration with what transformers leaves out."""
         prefix = self._architecture
         scaling = _field(self._reader, f"{prefix}.rope.scaling.type")
         if scaling not in (None, "none") or any(

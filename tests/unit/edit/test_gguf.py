@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf
 import pytest
 import torch
@@ -10,7 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tests.unit.edit.gguf_files import write_gguf
 from tests.unit.edit.models import load, logits, tokens, windowed_logits
 from tests.unit.tiny import FAMILY_NAMES, tiny_teacher
-from vllm_attnedit.edit import Calibration, EditPlan, apply_edit, edit_checkpoint, save_edit
+from vllm_attnedit.edit import (
+    Calibration,
+    EditPlan,
+    apply_edit,
+    edit_checkpoint,
+    gguf_store,
+    save_edit,
+)
 from vllm_attnedit.edit.gguf_store import GgufStore
 from vllm_attnedit.edit.layout import check_tensors, teacher_tensors
 from vllm_attnedit.edit.store import SafetensorsStore
@@ -35,6 +44,29 @@ def test_tensors_and_configuration(teacher_of, tmp_path, family, quantisation):
     if family == "qwen3_moe":
         assert store.config.moe_intermediate_size == original.moe_intermediate_size
         assert store.config.norm_topk_prob
+
+
+def test_a_file_is_read_once_until_it_changes(teacher_of, tmp_path, monkeypatch):
+    read: list[Path] = []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path):
+            read.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf_store, "GGUFReader", Reader)
+    path = tmp_path / "model.gguf"
+    held = write_gguf(teacher_of("llama"), path)
+    first = GgufStore(path)
+    first.config.hidden_size = 7  # one user's changes are not the next one's
+    first.close()
+    second = GgufStore(path)
+    assert second.config.hidden_size != 7
+    assert torch.equal(second.load("model.norm.weight"), held["model.norm.weight"])
+    assert len(read) == 1
+    write_gguf(teacher_of("qwen3"), path)
+    assert GgufStore(path).config.model_type == "qwen3"
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
