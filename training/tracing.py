@@ -47,5 +47,8 @@ class StepTrace:
         """End the trace, if there is one; what was traced is written."""
         if self._profile is not None:
             self._profile.stop()
-            self._profile.export_chrome_trace(str(self._path))
+            # A trace is whole or not there. The profiler compresses by the last suffix.
+            part = self._path.with_name(f".{self._path.name}")
+            self._profile.export_chrome_trace(str(part))
+            part.replace(self._path)
             self._profile = None

@@ -148,7 +148,10 @@ def _shares(folder: Path) -> dict[str, float] | None:
     """Where the time of the traced steps went, if some were traced (``log.profile``)."""
     if not (folder / TRACE).is_file():
         return None
-    return shares(read_trace_events(folder / TRACE), TRAINING)
+    try:
+        return shares(read_trace_events(folder / TRACE), TRAINING)
+    except AttnEditError:  # it was stopped before the first traced step was over
+        return None
 
 
 def _speed(folder: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from tests.unit.training.small import small_config
 from training import tracing
 from training.evaluation.suite import run_suite
 from training.runs import train
+from training.tracing import TRACE
 from vllm_attnedit.edit import save_edit
 from vllm_attnedit.errors import AttnEditError
 
@@ -122,9 +124,19 @@ def test_a_traced_run_says_where_its_time_goes(plan, monkeypatch):
     assert shares["loss over the vocabulary"] > 0
     rows = [row for row in training_rows(plan) if row["metric"].startswith("time of ")]
     assert [row["value"] for row in rows] == list(shares.values())
+    stage = plan.layout.stage("mine", "stage2")
+    assert [path.name for path in stage.glob("*trace*")] + list(stage.glob(".*trace*")) == [TRACE]
     report.write_report(plan)
     text = (plan.layout.out / "report.md").read_text()
     assert f"| mine stage2 | {max(shares.values()):.1%} |" in text
+
+
+def test_a_trace_of_nothing_says_nothing(plan):
+    folder = plan.layout.stage("mine", "stage2")
+    folder.mkdir(parents=True)
+    with gzip.open(folder / TRACE, "wt") as file:
+        json.dump({"traceEvents": []}, file)
+    assert take_part(plan, 10.0)["shares"] is None
 
 
 @pytest.mark.parametrize(("higher", "best", "beats"), [(True, "b", False), (False, "a", True)])
