@@ -62,8 +62,10 @@ class RunConfig:
     """Devices and numbers."""
 
     device: Literal["auto", "cpu"] = option("auto: what accelerate finds (CUDA, NPU, ...)", "auto")
-    precision: Literal["bf16", "fp32"] = option(
-        "bf16: compute in bfloat16, trained weights and optimiser in float32", "bf16"
+    precision: Literal["bf16", "tf32", "fp32"] = option(
+        "bf16: compute in bfloat16, trained weights and optimiser in float32; tf32: float32, but "
+        "products in TF32 where a GPU has it",
+        "bf16",
     )
     attention: Literal["auto", "varlen", "flex", "sdpa"] = option(
         "kernel for packed sequences; auto: varlen (flash attention by document) on CUDA in bf16, "

@@ -44,6 +44,7 @@ class Devices:
         self.ranks: int = self.state.num_processes
         self.main: bool = self.state.is_main_process
         self.bf16 = run.precision == "bf16"
+        torch.set_float32_matmul_precision("high" if run.precision == "tf32" else "highest")
         self.sharded = run.sharding == "fsdp2"
         if self.sharded and self.ranks == 1 and not dist.is_initialized():
             fix = "start it with `accelerate launch` or `torchrun`, or set run.sharding: none"

@@ -159,7 +159,7 @@ class Experiment:
     options: dict[str, Any] = option("a training configuration for all runs; see training/configs")
     runs: list[Run] = option("in the order in which they are done")
     baselines: list[Baseline] = option("training-free rivals", list)
-    measure_in: Literal["fp32", "bf16"] = option("numbers of measurements", "fp32")
+    measure_in: Literal["fp32", "tf32", "bf16"] = option("numbers of measurements", "fp32")
     pack: Pack = option("what can be carried away", Pack)
     seconds: Seconds = option("set aside of a budget", Seconds)
 

@@ -85,7 +85,7 @@ def test_every_option_is_documented_once():
             ["--data.sources", "[{kind: text, path: p, max_tokens: -5}]"],
             ["data.sources.0.max_tokens", "-5", "above 0"],
         ),
-        (["--run.precision", "fp8"], ["run.precision", "fp8", "bf16, fp32"]),
+        (["--run.precision", "fp8"], ["run.precision", "fp8", "bf16, tf32, fp32"]),
         (["--run.compile", "maybe"], ["run.compile", "maybe", "true or false"]),
         (["--data.sources.3.path", "x"], ["data.sources.3.path", "below 1"]),
         (["--seed"], ["--seed", "value"]),
