@@ -124,9 +124,12 @@ class Suite:
             length = min(self._config.agreement_length, longest)
             ids = self._windows(name, path, length)
             if ids is not None:
-                found, what = agreement(model, teacher, ids), f"agreement {name} L{length}"
-                yield Measurement(what, "top1", "share", found["top1"])
-                yield Measurement(what, "kl", "nat", found["kl"], (), False)
+                what, (found, above) = f"{name} L{length}", agreement(model, teacher, ids)
+                yield Measurement(f"agreement {what}", "top1", "share", found["top1"])
+                yield Measurement(f"agreement {what}", "kl", "nat", found["kl"], (), False)
+                for (first, last), estimate in above.items():
+                    seen = f"{what} after {first}-{last} tokens"
+                    yield Measurement(seen, "loss above the teacher's", "nat", estimate, (), False)
 
     def _windows(self, name: str, path: str, length: int) -> torch.Tensor | None:
         """The windows of a text, or nothing if it is shorter than one."""

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.training.small import ids_of
+from training.evaluation import intervals, text
 from training.evaluation.intervals import (
     Estimate,
     exponential,
@@ -51,10 +52,11 @@ def test_perplexity_is_the_librarys_loss(student):
 
 def test_agreement(teacher, student):
     ids = ids_of(3, 40)
-    same = agreement(teacher, teacher, ids)
+    same, above = agreement(teacher, teacher, ids)
+    assert {each: estimate.value for each, estimate in above.items()} == {(1, 39): 0.0}
     assert same["top1"].value == 1.0
     assert same["kl"].value == pytest.approx(0, abs=1e-6)
-    found = agreement(student, teacher, ids, tokens=40)
+    found, _ = agreement(student, teacher, ids, tokens=40)
     with torch.no_grad():
         p = torch.log_softmax(teacher(ids).logits[:, :-1], -1)
         q = torch.log_softmax(student(ids).logits[:, :-1], -1)
@@ -62,3 +64,37 @@ def test_agreement(teacher, student):
     assert found["kl"].value == pytest.approx(kl, rel=1e-5)
     top1 = (p.argmax(-1) == q.argmax(-1)).float().mean().item()
     assert found["top1"].value == pytest.approx(top1)
+
+
+def test_loss_above_the_teachers_by_position(teacher, student, monkeypatch):
+    monkeypatch.setattr(text, "_FIRST_RANGE", 8)
+    monkeypatch.setattr(text, "_CHUNK", 7)  # ranges and chunks end in different places
+    ids = ids_of(3, 40)
+    _, above = agreement(student, teacher, ids)
+    assert list(above) == [(1, 8), (9, 16), (17, 32), (33, 39)]
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(
+                model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
+            )
+            for model in (student, teacher)
+        ]
+    for (first, last), estimate in above.items():
+        gap = (losses[0] - losses[1])[:, first - 1 : last].mean(1)
+        assert estimate.value == pytest.approx(gap.mean().item(), abs=1e-6)
+        assert estimate.half_width == pytest.approx(
+            intervals.Z * gap.std().item() / 3**0.5, abs=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (2, [(1, 1)]),
+        (129, [(1, 128)]),
+        (130, [(1, 128), (129, 129)]),
+        (2048, [(1, 128), (129, 256), (257, 512), (513, 1024), (1025, 2047)]),
+    ],
+)
+def test_ranges_cover_every_prediction_once(length, expected):
+    assert text.position_ranges(length) == expected
