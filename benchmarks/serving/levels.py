@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.serving.options import Goal, Measure, Workload
 from benchmarks.serving.records import CUT, ClientCost, Record, read_records
-from benchmarks.serving.scraping import Scraper, use_of_memory
+from benchmarks.serving.scraping import Sample, Scraper, use_of_memory
 from benchmarks.serving.server import Running, ServerFailed
 from benchmarks.serving.stats import steady_since, summarise
 from examples.quickstart.processes import free_port, process_group
@@ -169,9 +169,9 @@ def _watch(
     scraper: Scraper,
     measure: Measure,
 ) -> float | None:
-    """Wait for the level's end, and bring a closed load to it: once it was steady for long enough
-    and answered a request a user, without which there were no latencies. Returns where it became
-    steady."""
+    """Wait for the level's end, and bring a closed load to it: once it was steady for long enough,
+    answered a request a user and began another, without which there were no latencies and no times
+    to first token. Returns where it became steady."""
     begun, since = time.monotonic(), None
     while locust.poll() is None and server.alive:
         time.sleep(_POLL_S)
@@ -182,7 +182,8 @@ def _watch(
                 rates = [(s.time_s, s.generated) for s in samples if s.running]
                 since = steady_since(rates, measure, begun)
             answered = samples[-1].answered - samples[0].answered if samples else 0
-            if since is not None and now - since >= measure.goal_s and answered >= level:
+            long_enough = since is not None and now - since >= measure.goal_s
+            if long_enough and answered >= level and prompts_read(samples, since or begun):
                 break
         if now - begun > measure.limit_s:
             break
@@ -193,6 +194,12 @@ def _watch(
         except subprocess.TimeoutExpired:
             return since
     return since
+
+
+def prompts_read(samples: Sequence[Sample], since: float) -> bool:
+    """Whether a prompt's last token was read after ``since``, which is when its answer begins."""
+    inside = [sample.prompted for sample in samples if sample.time_s >= since]
+    return bool(inside) and inside[-1] > inside[0]
 
 
 def _interval(

@@ -202,7 +202,8 @@ def _short(result: dict[str, Any]) -> str:
         return f"{result['status']}: {result['reason'][:200]}"
     figures = result["figures"]
     rate, ttft = figures["output_tokens_per_s"]["value"], figures["ttft_s"]["p50"]
-    return f"{result['status']}, {rate:,.1f} output tok/s, median TTFT {ttft:.3f} s"
+    first = "unknown" if ttft is None else f"{ttft:.3f} s"
+    return f"{result['status']}, {rate:,.1f} output tok/s, median TTFT {first}"
 
 
 def _keep_options(options: Options, out: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.serving.options import Workload
 from benchmarks.serving.records import CUT
+from benchmarks.serving.scraping import read_sample
 from benchmarks.serving.workloads import Plan
 from examples.quickstart.processes import free_port
 from tests.unit.serving.conftest import LOCUSTFILE, RunLoad, StartFake
@@ -116,8 +117,16 @@ def test_errors_are_errors(fake: StartFake, load: RunLoad, tmp_path: Path) -> No
 def test_a_server_that_dies_leaves_failed_requests(fake: StartFake, load: RunLoad) -> None:
     """None of its requests counts as whole, and the generator survives."""
     server = fake("--ttft", "0.1", "--tpot", "0.1")
-    threading.Timer(4.0, server.process.kill).start()
-    done = load(server.url, "-u", "3", "--load", "burst", "--output-tokens", "500")
+
+    def kill_while_all_are_answered() -> None:
+        with httpx.Client(base_url=server.url) as client:
+            while read_sample(client).prompted < 3 * 50:
+                time.sleep(0.1)
+        server.process.kill()
+
+    threading.Thread(target=kill_while_all_are_answered, daemon=True).start()
+    done = load(server.url, "-u", "3", "--load", "burst", "--prompt-tokens", "50",
+                "--output-tokens", "500")  # fmt: skip
     assert len(done.records) == 3, done.output
     assert not done.whole
     assert all(record.failed for record in done.records)

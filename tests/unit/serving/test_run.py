@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.serving.levels import prompts_read
 from benchmarks.serving.options import Options
 from benchmarks.serving.report import write_report
-from benchmarks.serving.run import Benchmark, passes
+from benchmarks.serving.run import Benchmark, _short, passes
+from benchmarks.serving.scraping import Sample
 from benchmarks.serving.server import command_of, environment_of
 from tests.unit.serving.conftest import benchmark_of, levels_of
 from vllm_attnedit.errors import AttnEditError
@@ -67,6 +69,21 @@ def test_a_level_lasts_until_its_users_were_answered(
     assert level["status"] == "ok", level["reason"]
     assert level["figures"]["requests"] >= 3
     assert level["figures"]["tpot_s"]["p50"] == pytest.approx(0.01, rel=0.3)
+
+
+def test_a_prompt_counts_once_its_interval_has_begun() -> None:
+    samples = [Sample(float(time), prompted=50.0 * (time >= 3)) for time in range(6)]
+    assert prompts_read(samples, 2.0)
+    assert not prompts_read(samples, 3.0)  # it was read before
+    assert not prompts_read(samples[:3], 0.0)
+    assert not prompts_read(samples, 9.0)
+
+
+def test_a_level_without_a_first_token_is_still_a_line() -> None:
+    figures: dict[str, Any] = {"output_tokens_per_s": {"value": 1200.0}, "ttft_s": {"p50": None}}
+    assert _short({"status": "ok", "figures": figures}).endswith("median TTFT unknown")
+    figures["ttft_s"]["p50"] = 0.25
+    assert _short({"status": "ok", "figures": figures}).endswith("median TTFT 0.250 s")
 
 
 def test_two_client_processes(config: dict[str, Any], tmp_path: Path) -> None:
