@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
          "output_tokens": 60},
         {"name": "talk", "api": "chat", "levels": [2], "prompt_tokens": 40, "output_tokens": 16},
     ],
-    "measure": {"window_s": 1, "windows": 2, "within": 0.5, "goal_s": 2, "limit_s": 60,
+    "measure": {"window_s": 1, "windows": 2, "within": 0.5, "goal_s": 2, "limit_s": 180,
                 "scrape_s": 0.1, "client_late_s": 1.0},
 }  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_split_and_copied_on_processes(tmp_path: Path) -> None:
         ],
         "server": server,
         "workloads": [{"name": "talk", "levels": [4], "prompt_tokens": 160, "output_tokens": 350}],
-        "measure": {**CONFIG["measure"], "goal_s": 6, "client_late_s": 30.0},
+        "measure": {**CONFIG["measure"], "goal_s": 6, "limit_s": 240, "client_late_s": 30.0},
         "repeat_control": False,
     }
     (tmp_path / "several.yaml").write_text(yaml.safe_dump(config))
