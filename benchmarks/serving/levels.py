@@ -182,8 +182,12 @@ def _watch(
                 rates = [(s.time_s, s.generated) for s in samples if s.running]
                 since = steady_since(rates, measure, begun)
             answered = samples[-1].answered - samples[0].answered if samples else 0
-            long_enough = since is not None and now - since >= measure.goal_s
-            if long_enough and answered >= level and prompts_read(samples, since or begun):
+            if (
+                since is not None
+                and now - since >= measure.goal_s
+                and answered >= level
+                and prompts_read(samples, since)
+            ):
                 break
         if now - begun > measure.limit_s:
             break
