@@ -143,6 +143,10 @@ def training_scaling(
     budget: Annotated[
         float | None, typer.Option(help="Save and stop in time for so many seconds from now.")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this run now, as one, on a device of its own. Repeatable."),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for runs; what is there is not done again.")
     ] = Path(".cache/benchmarks/training-scaling"),
@@ -173,6 +177,7 @@ def training_scaling(
             out=out,
             result=result or out / "result.json",
             budget_s=budget,
+            only=only or (),
         )
     except CommandFailed as error:
         print(f"benchmarks: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ def compare(
     out: Path,
     result: Path,
     budget_s: float | None,
+    only: Collection[str] = (),
 ) -> dict[str, Any]:
     """Do what is left of the comparison, and write what there is of its result.
 
@@ -100,7 +101,7 @@ def compare(
     try:
         # Making up a large model takes a part of it.
         left = None if budget_s is None else budget_s - (time.monotonic() - began)
-        complete = run_all(scaling, left)
+        complete = run_all(scaling, left, only)
     finally:
         label = f"{source} {target}" if isinstance(source, str) else source.stem
         found = rows(scaling, label, tolerance)

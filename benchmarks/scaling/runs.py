@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -124,19 +125,30 @@ class Scaling:
         return command if minutes is None else [*command, "--run.minutes", f"{minutes:.2f}"]
 
 
-def run_all(scaling: Scaling, budget_s: float | None = None) -> bool:
+def run_all(scaling: Scaling, budget_s: float | None = None, only: Collection[str] = ()) -> bool:
     """Do what is left of all runs; returns whether nothing is.
 
     Args:
         scaling: the comparison.
         budget_s: stop and save in time for this many seconds from now.
+        only: names of the runs to do now; empty for all.
 
     Raises:
+        AttnEditError: for a name that is not there, or before the run whose checkpoint is needed.
         CommandFailed: if a run fails; its log is named.
     """
+    names = [one.name for one in RUNS]
+    for name in only:
+        if name not in names:
+            raise AttnEditError("--only", name, f"use one of {', '.join(names)}")
     deadline = None if budget_s is None else time.monotonic() + budget_s
     scaling.write_config()
     for one in RUNS:
+        if only and one.name not in only:
+            continue
+        if one.origin is not None and not scaling.finished(one.origin):
+            fix = f"let {one.origin} end first, whose checkpoint it starts from"
+            raise AttnEditError("--only", one.name, fix)
         while not scaling.finished(one.name):
             minutes = None
             if deadline is not None:
@@ -145,7 +157,7 @@ def run_all(scaling: Scaling, budget_s: float | None = None) -> bool:
                     return False
                 minutes = left / 60
             _run_part(scaling, one, minutes)
-    return True
+    return all(scaling.finished(name) for name in names)
 
 
 def _run_part(scaling: Scaling, one: Run, minutes: float | None) -> None:

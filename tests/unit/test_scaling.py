@@ -148,6 +148,23 @@ def test_nothing_is_begun_without_time(tiny_dims: str, tmp_path: Path, monkeypat
     assert [round(part or 0) for part in parts] == [2] * 4
 
 
+def test_one_run_alone(tiny_dims: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not complete by it; none that needs another's checkpoint comes before that other."""
+    done: list[str] = []
+    monkeypatch.setattr(runs, "_run_part", lambda _scaling, one, _minutes: done.append(one.name))
+    monkeypatch.setattr(Scaling, "finished", lambda _, name: name in done)
+    scaling = made_up(tiny_dims, tmp_path)
+    with pytest.raises(AttnEditError, match=r"one-to-several.*let one end first"):
+        run_all(scaling, only=["one-to-several"])
+    with pytest.raises(AttnEditError, match=r"--only: two.*several-to-one"):
+        run_all(scaling, only=["two"])
+    assert not run_all(scaling, only=["one"])
+    assert not run_all(scaling, only=["one", "one-to-several"])
+    assert done == ["one", "one-to-several"]
+    assert run_all(scaling)
+    assert done == ["one", "one-to-several", "several", "several-to-one"]
+
+
 def test_a_folder_holds_one_comparison(tiny_dims: str, tmp_path: Path) -> None:
     made_up(tiny_dims, tmp_path).write_config()
     made_up(tiny_dims, tmp_path).write_config()
@@ -178,6 +195,7 @@ def test_a_configuration_keeps_what_is_its_own(tmp_path: Path) -> None:
         (["--model", "gpt"], "--model: gpt"),
         (["--model", "tiny", "--devices", "1"], "--devices: 1"),
         (["--model", "tiny", "--tail", "5"], "--tail: 5"),
+        (["--model", "tiny", "--only", "two"], "--only: two"),
         (["--model", "tiny", "--optim.batch", "3"], "optim.batch: 3"),
         (["--model", "tiny", "--optim.bath", "4"], "optim.bath"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -224,7 +242,7 @@ def test_making_up_the_model_counts_in_the_budget(
         time.sleep(0.3)
         return make_config(*args, **options)
 
-    def note(_scaling: Scaling, budget_s: float) -> bool:
+    def note(_scaling: Scaling, budget_s: float, _only: Any) -> bool:
         left.append(budget_s)
         return False
 
