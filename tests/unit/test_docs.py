@@ -146,6 +146,7 @@ SERVED = {
     "mla-narrow": "MLA, queries 128 wide",
     "gateswa-fast": "GateSWA, prompts skip 5 layers",
     "gateswa-early": "GateSWA, prompts skip 10 layers",
+    "gateswa-earlier": "GateSWA, prompts skip 15 layers",
 }
 
 
@@ -153,29 +154,59 @@ def _seconds(value: float) -> str:
     return f"{value:.3f} s" if value < 1 else f"{value:.1f} s"
 
 
-def test_the_table_of_served_models_is_that_of_the_results() -> None:
-    """Line by line; ``a`` to ``d`` are runs."""
+def _served_lines(name: str, run: str | None = None) -> list[str]:
+    """Lines of a table of served models, as a result has them."""
+    levels: dict[str, dict[str, Any]] = {}
+    for row in _rows(f"serving_{name}_h200.json"):
+        levels.setdefault(row["case"], {})[row["metric"]] = row
+    found = []
+    for case, metrics in levels.items():
+        if " again " in case:
+            continue
+        _, _, system, _, count, shape, _ = case.split()
+        rate, first = metrics["output_tokens_per_s"], metrics["median_ttft_s"]
+        ratios = ["" if system == "teacher" else f"{x['ratio']:.2f}x" for x in (rate, first)]
+        cells = [f"{count.removeprefix('C')} of {shape}", *filter(None, [run]), SERVED[system]]
+        cells += [f"{rate['value']:,.0f}", ratios[0], _seconds(first["value"]), ratios[1]]
+        cells += [f"{rate['peak_running']:.0f}", f"{rate['peak_kv_usage']:.0%}"]
+        cells += [f"{rate['preemptions']:.0f}"]
+        found.append(f"| {' | '.join(cells)} |")
+    return found
+
+
+def test_the_tables_of_served_models_are_those_of_the_results() -> None:
+    """Line by line; ``a`` to ``e`` are runs of an 8B model, another table has 30B-A3B."""
     lines = (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
-    results = ("gateswa", "prompts", "answers", "prompts_more")
-    expected = []
-    for run, name in zip("abcd", results, strict=True):
-        levels: dict[str, dict[str, Any]] = {}
-        for row in _rows(f"serving_{name}_h200.json"):
-            levels.setdefault(row["case"], {})[row["metric"]] = row
-        for case, row in levels.items():
-            if " again " in case:
-                continue
-            _, _, system, _, count, shape, _ = case.split()
-            rate, first = row["output_tokens_per_s"], row["median_ttft_s"]
-            ratios = ["" if system == "teacher" else f"{x['ratio']:.2f}x" for x in (rate, first)]
-            cells = [f"{count.removeprefix('C')} of {shape}", run, SERVED[system]]
-            cells += [f"{rate['value']:,.0f}", ratios[0], _seconds(first["value"]), ratios[1]]
-            cells += [f"{rate['peak_running']:.0f}", f"{rate['peak_kv_usage']:.0%}"]
-            cells += [f"{rate['preemptions']:.0f}"]
-            expected.append(f"| {' | '.join(cells)} |")
-    start = next(i for i, line in enumerate(lines) if line.startswith("| all at once |")) + 2
-    table = lines[start : lines.index("", start)]
-    assert sorted(table) == sorted(expected)
+    results = ("gateswa", "prompts", "answers", "prompts_more", "prompts_earlier")
+    eight = [
+        line
+        for run, name in zip("abcde", results, strict=True)
+        for line in _served_lines(name, run)
+    ]
+    for header, expected in (
+        ("| all at once | run |", eight),
+        ("| all at once | |", _served_lines("prompts_30b")),
+    ):
+        start = next(i for i, line in enumerate(lines) if line.startswith(header)) + 2
+        assert sorted(lines[start : lines.index("", start)]) == sorted(expected)
+
+
+@pytest.mark.parametrize("result", ["", "_batch16", "_fp32"])
+def test_the_table_of_several_gpus_is_that_of_the_results(result: str) -> None:
+    one, several, curve = _rows(f"training_scaling{result}_h200.json")[:3]
+    batch, length, precision = re.findall(r"B(\d+) L(\d+) (\w+) x2$", several["case"])[0]
+    # A share of the bf16 peak says nothing of float32.
+    shares = [f" ({row['mfu']:.0%}" if precision == "bf16" else "" for row in (one, several)]
+    cells = [
+        f"{batch} of {int(length):,} in {precision}",
+        f"{curve['steps']}",
+        f"{one['value']:,.0f}{shares[0] and shares[0] + ' of the peak)'}",
+        f"{several['value']:,.0f}{shares[1] and shares[1] + ')'}",
+        f"{several['ratio']:.2f}x",
+        f"{curve['value']:.1e} nat",
+        f"{curve['relative']:.1e}",
+    ]
+    assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "benchmarks.md").read_text()
 
 
 TRAINED = {
