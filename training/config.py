@@ -80,6 +80,11 @@ class RunConfig:
     sharding: Literal["none", "fsdp2"] = option(
         "none: every device holds the models; fsdp2: teacher and student are sharded", "none"
     )
+    shard_frozen: bool = option(
+        "of fsdp2: shard what does not train as well, the teacher with it; false is faster, where "
+        "every device has room for both models",
+        True,
+    )
     minutes: float | None = option(
         "save and stop (status 0) after so many minutes; resume later", None
     )

@@ -45,7 +45,7 @@ class Devices:
         self.main: bool = self.state.is_main_process
         self.bf16 = run.precision == "bf16"
         torch.set_float32_matmul_precision("high" if run.precision == "tf32" else "highest")
-        self.sharded = run.sharding == "fsdp2"
+        self.sharded, self._shard_frozen = run.sharding == "fsdp2", run.shard_frozen
         if self.sharded and self.ranks == 1 and not dist.is_initialized():
             fix = "start it with `accelerate launch` or `torchrun`, or set run.sharding: none"
             raise AttnEditError("run.sharding", run.sharding, fix)
@@ -111,20 +111,34 @@ class Devices:
                 gradient.copy_(part.view_as(gradient))
 
     def shard(self, root: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
-        """Shard a model's parameters in place (FSDP2), each layer a unit of its own.
+        """Shard a model's parameters in place (FSDP2).
+
+        Each layer is a unit of its own, gathered when it runs. Where frozen parameters stay whole
+        and a layer's trained ones are a part of it, all of these are one unit: gathered and reduced
+        once a step. Units so small would cost the host more than they take the device.
 
         Trained parameters must be float32: they are gathered in the compute dtype, their gradients
         are reduced in float32.
         """
         if not self.sharded:
             return root
-        mesh = init_device_mesh(self.device.type, (self.ranks,))
+        kept: set[nn.Parameter] = set()
+        if not self._shard_frozen:
+            kept = {p for p in root.parameters() if not p.requires_grad}
+            if len(kept) == len(list(root.parameters())):
+                return root
         policy = MixedPrecisionPolicy(
             param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        options: dict[str, Any] = {
+            "mesh": init_device_mesh(self.device.type, (self.ranks,)),
+            "mp_policy": policy,
+            "ignored_params": kept,
+        }
         for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(root, mesh=mesh, mp_policy=policy)
+            if kept.isdisjoint(layer.parameters()):
+                fully_shard(layer, **options)
+        fully_shard(root, **options)
         return root
 
 
@@ -177,20 +191,16 @@ def clip(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     device = gradients[0].device
     precise = torch.float32 if device.type == "npu" else torch.float64
     # Whole gradients are the same on every process; of sharded ones each has its part.
-    squares = torch.zeros(2, dtype=precise, device=device)
-    group = None
-    held: list[Tensor] = []
-    for gradient in gradients:
-        sharded = isinstance(gradient, DTensor)
-        if isinstance(gradient, DTensor):
-            group, gradient = gradient.device_mesh.get_group(), gradient.to_local()
-        held.append(gradient)
-        squares[int(sharded)] += torch.linalg.vector_norm(gradient, dtype=precise).square()
-    if group is not None:
-        dist.all_reduce(squares[1], group=group)
-    norm = squares.sum().sqrt()
+    sharded = [g for g in gradients if isinstance(g, DTensor)]
+    held = [g.to_local() for g in sharded]
+    held += [g for g in gradients if not isinstance(g, DTensor)]
+    # All at once: a kernel for each of some hundred gradients keeps the device waiting.
+    squares = torch.stack(torch._foreach_norm(held, dtype=precise)).square()
+    parts = torch.stack([squares[: len(sharded)].sum(), squares[len(sharded) :].sum()])
+    if sharded:
+        dist.all_reduce(parts[0], group=sharded[0].device_mesh.get_group())
+    norm = parts.sum().sqrt()
     if limit > 0:
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in held:
-            gradient.mul_(factor)
+        torch._foreach_mul_(held, factor.to(held[0].dtype))
     return norm.float()

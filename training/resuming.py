@@ -12,8 +12,8 @@ from vllm_attnedit.errors import AttnEditError
 # may not. Data and teacher are compared by what they hold, the student by its edit.
 FREE = (
     "teacher", "student", "output", "data.sources", "data.shards", "run.device", "run.attention",
-    "run.compile", "run.gradient_checkpointing", "run.sharding", "run.minutes", "run.deterministic",
-    "optim.micro_batch", "stage2.chunk_tokens", "stage2.cache", "stage1.split",
+    "run.compile", "run.gradient_checkpointing", "run.sharding", "run.shard_frozen", "run.minutes",
+    "run.deterministic", "optim.micro_batch", "stage2.chunk_tokens", "stage2.cache", "stage1.split",
     "checkpoint.", "log.", "generate.", "evaluate.", "choose.",
 )  # fmt: skip
 _OF_STAGE = {"stage1": "stage2.", "stage2": "stage1."}

@@ -19,6 +19,8 @@ from training.progress import read_metrics
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
+FSDP2 = ("--run.sharding", "fsdp2")
+TRAINED_ONLY = ("--run.shard_frozen", "false")
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +52,20 @@ def curve(folder: Path, key: str = "loss") -> list[float]:
 @pytest.mark.parametrize(
     ("stage", "extra"),
     [
-        ("stage1", ["--run.sharding", "fsdp2"]),
+        ("stage1", FSDP2),
         ("stage1", ["--stage1.split", "layers"]),
         ("stage2", []),
-        ("stage2", ["--run.sharding", "fsdp2", "--stage2.cosine_weight", "0.1"]),
-        (
-            "stage2",
-            ["--run.sharding", "fsdp2", "--stage2.trainable", "all", "--stage2.lr_rest", "1e-3"],
-        ),
+        ("stage2", [*FSDP2, "--stage2.cosine_weight", "0.1"]),
+        ("stage2", [*FSDP2, "--stage2.trainable", "all", "--stage2.lr_rest", "1e-3"]),
+        ("stage2", [*FSDP2, *TRAINED_ONLY]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value) or "averaged",
 )
 def test_two_processes_equal_one(tmp_path, material, stage, extra):
     config = write_config(tmp_path / "c.yaml", tmp_path / "unused", *material)
     common = [stage, str(config), "--optim.micro_batch", "1"]
-    alone = [a for a in extra if a not in ("--run.sharding", "fsdp2", "--stage1.split", "layers")]
+    of_several = (*FSDP2, *TRAINED_ONLY, "--stage1.split", "layers")
+    alone = [option for option in extra if option not in of_several]
     launch(1, *common, *alone, "--output", str(tmp_path / "one"))
     launch(2, *common, *extra, "--output", str(tmp_path / "two"))
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
@@ -91,9 +92,9 @@ def test_a_sharded_run_resumes_alone_and_back(tmp_path, material):
     config = write_config(tmp_path / "c.yaml", tmp_path / "unused", *material)
     common = ["stage2", str(config), "--optim.micro_batch", "1", "--output", str(tmp_path / "run")]
     stop = ["--run.minutes", "1e-9"]  # after one step
-    launch(2, *common, "--run.sharding", "fsdp2", *stop)
+    launch(2, *common, *FSDP2, *stop)
     launch(1, *common, *stop)
-    launch(2, *common, "--run.sharding", "fsdp2")
+    launch(2, *common, *FSDP2, *TRAINED_ONLY)
     launch(1, *common[:-1], str(tmp_path / "whole"))
     assert curve(tmp_path / "run") == pytest.approx(curve(tmp_path / "whole"), abs=1e-4)
 
@@ -101,7 +102,7 @@ def test_a_sharded_run_resumes_alone_and_back(tmp_path, material):
 def test_a_cache_that_one_process_lacks(tmp_path, material):
     """A sharded teacher runs on all processes or on none."""
     config = write_config(tmp_path / "c.yaml", tmp_path / "unused", *material)
-    common = ["stage2", str(config), "--optim.micro_batch", "1", "--run.sharding", "fsdp2"]
+    common = ["stage2", str(config), "--optim.micro_batch", "1", *FSDP2]
     common += ["--stage2.top_k", "16", "--stage2.cache", str(tmp_path / "cache")]
     launch(2, *common, "--output", str(tmp_path / "first"))
     # Sequence 1 is the second process's.
@@ -110,9 +111,10 @@ def test_a_cache_that_one_process_lacks(tmp_path, material):
     assert curve(tmp_path / "second") == curve(tmp_path / "first")
 
 
-def test_bf16_sharded(tmp_path, material):
+@pytest.mark.parametrize("more", [(), TRAINED_ONLY], ids=["all", "trained"])
+def test_bf16_sharded(tmp_path, material, more):
     config = write_config(tmp_path / "c.yaml", tmp_path / "unused", *material)
     common = ["stage2", str(config), "--optim.micro_batch", "1", "--run.precision", "bf16"]
     launch(1, *common, "--output", str(tmp_path / "one"))
-    launch(2, *common, "--run.sharding", "fsdp2", "--output", str(tmp_path / "two"))
+    launch(2, *common, *FSDP2, *more, "--output", str(tmp_path / "two"))
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=0.03)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from training.attention import choose
 from training.config import RunConfig
@@ -28,3 +34,41 @@ def test_precision(monkeypatch, precision, products, dtype, kernel):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == dtype
     assert choose("auto", torch.device("cuda"), precision) == kernel
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A group of one process, which is enough to see what would be sharded."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("frozen", "trained", "sharded", "units"),
+    [
+        (True, ["attention"], {"attention", "mlp", "head"}, 3),
+        (False, ["attention"], {"attention"}, 1),
+        (False, ["attention", "mlp", "head"], {"attention", "mlp", "head"}, 3),
+        (False, [], set(), 0),  # a teacher
+    ],
+)
+def test_what_is_sharded(group, frozen, trained, sharded, units):
+    def linear(name):
+        return name, nn.Linear(4, 4)
+
+    layers = [nn.Sequential(OrderedDict([linear("attention"), linear("mlp")])) for _ in range(2)]
+    model = nn.Sequential(OrderedDict([("0", layers[0]), ("1", layers[1]), linear("head")]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = any(part in name for part in trained)
+    run = RunConfig(device="cpu", sharding="fsdp2", shard_frozen=frozen, deterministic=False)
+    assert Devices(run, seed=0).shard(model, layers) is model
+    found = {
+        (part, isinstance(parameter, DTensor))
+        for name, parameter in model.named_parameters()
+        for part in ("attention", "mlp", "head")
+        if part in name
+    }
+    assert found == {(part, part in sharded) for part in ("attention", "mlp", "head")}
+    assert sum(isinstance(module, FSDPModule) for module in model.modules()) == units
