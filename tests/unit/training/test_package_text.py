@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.training.text import conversations, pages, plain
+from benchmarks.training.text import conversations, joined, pages, plain
 from training.config import SourceConfig
 from training.data.sources import read_source
 
@@ -75,7 +75,34 @@ def test_pages_of_a_package(tmp_path: Path) -> None:
     assert all(f"word{i}\n" in joined for i in range(30))
 
 
-@pytest.mark.parametrize("arguments", [[], ["a", "b"]])
+@pytest.mark.parametrize(
+    ("least", "expected"),
+    [
+        (0, ["aaa", "bb", "c"]),
+        (4, ["aaa\n\nbb", "c"]),
+        (5, ["aaa\n\nbb", "c"]),
+        (99, ["aaa\n\nbb\n\nc"]),
+    ],
+)
+def test_pages_are_joined_in_order(least: int, expected: list[str]) -> None:
+    records = [{"text": text} for text in ("aaa", "bb", "c")]
+    assert [record["text"] for record in joined(records, least)] == expected
+    assert not list(joined([], least))
+
+
+def test_a_length_that_is_none(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training.text", tmp_path / "out", "long"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        2,
+        "text: CHARACTERS: long: give a number, such as 40000\n",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["a", "1", "b"]])
 def test_without_a_folder_it_says_how_it_is_used(arguments: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.training.text", *arguments],
