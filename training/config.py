@@ -81,8 +81,8 @@ class RunConfig:
         "none: every device holds the models; fsdp2: teacher and student are sharded", "none"
     )
     shard_frozen: bool = option(
-        "of fsdp2: shard what does not train as well, the teacher with it; false is faster, where "
-        "every device has room for both models",
+        "of fsdp2: shard what does not train as well, the teacher with it; false exchanges less, "
+        "where every device has room for both models",
         True,
     )
     minutes: float | None = option(

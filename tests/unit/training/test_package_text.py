@@ -71,8 +71,8 @@ def test_pages_of_a_package(tmp_path: Path) -> None:
         "html/en-US/yes.html", "html/page.html", "notes",
     ]  # fmt: skip
     assert len(dictionary) >= 3
-    joined = "".join(dictionary)
-    assert all(f"word{i}\n" in joined for i in range(30))
+    whole = "".join(dictionary)
+    assert all(f"word{i}\n" in whole for i in range(30))
 
 
 @pytest.mark.parametrize(
