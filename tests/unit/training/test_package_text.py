@@ -85,7 +85,7 @@ def test_pages_of_a_package(tmp_path: Path) -> None:
     ],
 )
 def test_pages_are_joined_in_order(least: int, expected: list[str]) -> None:
-    records = [{"text": text} for text in ("aaa", "bb", "c")]
+    records: list[dict[str, object]] = [{"text": text} for text in ("aaa", "bb", "c")]
     assert [record["text"] for record in joined(records, least)] == expected
     assert not list(joined([], least))
 
