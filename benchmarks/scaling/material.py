@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from benchmarks.models import TEACHERS, write_tokenizer
+from benchmarks.names import check_known
 from training.data.prepare import tokenizer_hash
 from training.data.shards import MANIFEST, ShardWriter
 from training.files import atomic_folder
 from training.models import unedited_config
 from vllm_attnedit.checkpoint import load_config
 from vllm_attnedit.edit import EditPlan, edit_checkpoint
-from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.tensors import expected_tensors
 
 LOGIT_SCALE = 2.0
@@ -47,8 +47,7 @@ def make_material(
     Raises:
         AttnEditError: for a model that is not known.
     """
-    if name not in TEACHERS:
-        raise AttnEditError("--model", name, f"use one of {', '.join(TEACHERS)}")
+    check_known("--model", [name], TEACHERS)
     fields = dict(TEACHERS[name])
     if layers is not None:
         fields["num_hidden_layers"] = layers

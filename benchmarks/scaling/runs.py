@@ -17,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.names import check_known
 from benchmarks.provenance import ROOT
 from examples.quickstart.processes import CommandFailed, free_port, run
 from training.checkpoint import STATE
@@ -138,9 +139,7 @@ def run_all(scaling: Scaling, budget_s: float | None = None, only: Collection[st
         CommandFailed: if a run fails; its log is named.
     """
     names = [one.name for one in RUNS]
-    for name in only:
-        if name not in names:
-            raise AttnEditError("--only", name, f"use one of {', '.join(names)}")
+    check_known("--only", only, names)
     deadline = None if budget_s is None else time.monotonic() + budget_s
     scaling.write_config()
     for one in RUNS:

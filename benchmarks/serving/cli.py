@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.names import check_known
 from examples.quickstart.processes import stop_on_signals
-from vllm_attnedit.errors import AttnEditError
 
 
 def serving(
@@ -78,9 +78,8 @@ def profile(
     options = load_options(config, devices)
     systems = {one.name: one for one in options.systems}
     workloads = {one.name: one for one in options.workloads}
-    for option, name, known in (("--system", system, systems), ("--workload", workload, workloads)):
-        if name not in known:
-            raise AttnEditError(option, name, f"use one of {', '.join(known)}")
+    check_known("--system", [system], systems)
+    check_known("--workload", [workload], workloads)
     chosen = workloads[workload]
     folder = out or Path(".cache") / "benchmarks" / options.name
     stop_on_signals()

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from benchmarks.names import check_known
 from benchmarks.provenance import provenance
 from benchmarks.serving.crosscheck import crosscheck
 from benchmarks.serving.options import Options, Workload
@@ -220,9 +221,7 @@ def _keep_options(options: Options, out: Path) -> None:
 
 
 def _names(option: str, wanted: list[str] | None, known: list[str]) -> list[str]:
-    for name in wanted or ():
-        if name not in known:
-            raise AttnEditError(option, name, f"use one of {', '.join(known)}")
+    check_known(option, wanted or (), known)
     return wanted or known
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.names import check_known
 from examples.quickstart.processes import stop_on_signals
 from vllm_attnedit.errors import AttnEditError
 
@@ -30,9 +31,7 @@ def suite(
 
     jobs = load_suite(file)
     known = [job.name for job in jobs.jobs]
-    for name in only or ():
-        if name not in known:
-            raise AttnEditError("--only", name, f"use one of {', '.join(known)}")
+    check_known("--only", only or (), known)
     if devices is None:
         names = [str(number) for number in range(count_devices("--devices"))]
     else:
