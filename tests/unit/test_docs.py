@@ -147,6 +147,7 @@ SERVED = {
     "gateswa-fast": "GateSWA, prompts skip 5 layers",
     "gateswa-early": "GateSWA, prompts skip 10 layers",
     "gateswa-earlier": "GateSWA, prompts skip 15 layers",
+    "mla-copies": "MLA 512 + 64",
 }
 
 
@@ -161,12 +162,13 @@ def _served_lines(name: str, run: str | None = None) -> list[str]:
         levels.setdefault(row["case"], {})[row["metric"]] = row
     found = []
     for case, metrics in levels.items():
-        if " again " in case:
+        if " again " in case or " burst " not in case:
             continue
-        _, _, system, _, count, shape, _ = case.split()
+        _, _, system, *spread, _, count, shape, _ = case.split()
         rate, first = metrics["output_tokens_per_s"], metrics["median_ttft_s"]
         ratios = ["" if system == "teacher" else f"{x['ratio']:.2f}x" for x in (rate, first)]
-        cells = [f"{count.removeprefix('C')} of {shape}", *filter(None, [run]), SERVED[system]]
+        label = " ".join([SERVED[system], *spread])
+        cells = [f"{count.removeprefix('C')} of {shape}", *filter(None, [run]), label]
         cells += [f"{rate['value']:,.0f}", ratios[0], _seconds(first["value"]), ratios[1]]
         cells += [f"{rate['peak_running']:.0f}", f"{rate['peak_kv_usage']:.0%}"]
         cells += [f"{rate['preemptions']:.0f}"]
@@ -175,7 +177,7 @@ def _served_lines(name: str, run: str | None = None) -> list[str]:
 
 
 def test_the_tables_of_served_models_are_those_of_the_results() -> None:
-    """Line by line; ``a`` to ``e`` are runs of an 8B model, another table has 30B-A3B."""
+    """Line by line; ``a`` to ``e`` are runs of an 8B model, others have 30B-A3B and two GPUs."""
     lines = (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
     results = ("gateswa", "prompts", "answers", "prompts_more", "prompts_earlier")
     eight = [
@@ -186,19 +188,20 @@ def test_the_tables_of_served_models_are_those_of_the_results() -> None:
     for header, expected in (
         ("| all at once | run |", eight),
         ("| all at once | |", _served_lines("prompts_30b")),
+        ("| all at once on two GPUs |", _served_lines("tp")),
     ):
         start = next(i for i, line in enumerate(lines) if line.startswith(header)) + 2
         assert sorted(lines[start : lines.index("", start)]) == sorted(expected)
 
 
-@pytest.mark.parametrize("result", ["", "_batch16", "_fp32"])
+@pytest.mark.parametrize("result", ["", "_batch16", "_whole", "_fp32"])
 def test_the_table_of_several_gpus_is_that_of_the_results(result: str) -> None:
     one, several, curve = _rows(f"training_scaling{result}_h200.json")[:3]
     batch, length, precision = re.findall(r"B(\d+) L(\d+) (\w+) x2$", several["case"])[0]
     # A share of the bf16 peak says nothing of float32.
     shares = [f" ({row['mfu']:.0%}" if precision == "bf16" else "" for row in (one, several)]
     cells = [
-        f"{batch} of {int(length):,} in {precision}",
+        f"{batch} of {int(length):,} in {precision}" + ", frozen whole" * (result == "_whole"),
         f"{curve['steps']}",
         f"{one['value']:,.0f}{shares[0] and shares[0] + ' of the peak)'}",
         f"{several['value']:,.0f}{shares[1] and shares[1] + ')'}",
