@@ -40,6 +40,19 @@ run_pytest() {
     python -m pytest --durations=10 --durations-min=1 "$@" </dev/null
 }
 
+# run_spread FOLDER [ARGUMENTS...]: on up to four cores, then the tests that measure time, one by one.
+# With arguments of the caller's, who may choose a single test, all one by one.
+run_spread() {
+    # Tiny tensors: a second thread costs more than it brings.
+    export OMP_NUM_THREADS=1
+    if (($# > 1)); then
+        run_pytest "$@"
+    else
+        run_pytest "$1" -n auto --maxprocesses 4 --dist worksteal -m "not alone"
+        run_pytest "$1" -m alone
+    fi
+}
+
 times=()
 finished() {
     local status=$?
@@ -54,8 +67,7 @@ for part in "${parts[@]}"; do
     printf '\n==== %s\n' "$part"
     case $part in
         quality) run_quality ;;
-        # Tiny tensors: a second thread costs more than it brings.
-        unit | integration) OMP_NUM_THREADS=1 run_pytest "tests/$part" "$@" ;;
+        unit | integration) (run_spread "tests/$part" "$@") ;;
         ascend) bash scripts/test_ascend.sh short "$@" ;;
         e2e)
             python -m examples.quickstart.teacher

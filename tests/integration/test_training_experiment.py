@@ -19,7 +19,8 @@ from tests.unit.tiny import tiny_teacher
 from tests.unit.training.small import small_config, write_text
 from training.progress import read_metrics
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+# By budgets and deadlines, which other work on the machine would move.
+pytestmark = [pytest.mark.integration, pytest.mark.alone, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 STEP = 4 * 64
 """Tokens."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 
 from benchmarks.serving.options import Workload
 from benchmarks.serving.records import CUT
@@ -21,6 +22,8 @@ from benchmarks.serving.scraping import read_sample
 from benchmarks.serving.workloads import Plan
 from examples.quickstart.processes import free_port
 from tests.unit.serving.conftest import LOCUSTFILE, RunLoad, StartFake
+
+pytestmark = pytest.mark.alone
 
 SHORT = ("--prompt-tokens", "50", "--output-tokens", "20")
 

@@ -18,6 +18,8 @@ from benchmarks.serving.server import command_of, environment_of
 from tests.unit.serving.conftest import benchmark_of, levels_of
 from vllm_attnedit.errors import AttnEditError
 
+pytestmark = pytest.mark.alone
+
 
 def test_a_comparison_from_end_to_end(config: dict[str, Any], tmp_path: Path) -> None:
     """Control first and last; ratios are those of the delays; every part of the report is there."""

@@ -23,6 +23,8 @@ from examples.quickstart.processes import free_port
 from tests.unit.serving.conftest import SYSTEMS, benchmark_of, levels_of
 from vllm_attnedit.errors import AttnEditError
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -168,6 +168,7 @@ def test_a_stored_benchmark_of_before_is_carried_on(tmp_path: Path) -> None:
         Benchmark(Options.model_validate(data_of(2)), tmp_path)
 
 
+@pytest.mark.alone
 def test_split_and_copied_from_end_to_end(tmp_path: Path) -> None:
     """Two servers that compute nothing: KV memory three ways, per device and per copy."""
     model = {name: str(write_model("qwen3-8b", edit, tmp_path / name))
