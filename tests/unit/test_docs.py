@@ -194,14 +194,36 @@ def test_the_tables_of_served_models_are_those_of_the_results() -> None:
         assert sorted(lines[start : lines.index("", start)]) == sorted(expected)
 
 
-@pytest.mark.parametrize("result", ["", "_batch16", "_whole", "_fp32"])
-def test_the_table_of_several_gpus_is_that_of_the_results(result: str) -> None:
+def test_the_table_of_kv_memory_on_two_gpus_is_that_of_the_result() -> None:
+    rows: dict[str, dict[str, Any]] = {}
+    used: dict[str, list[float]] = {}
+    for row in _rows("serving_tp_h200.json"):
+        _, _, system, spread, *_ = row["case"].split()
+        name = f"{SERVED[system]} {spread}"
+        if row["metric"] == "kv_bytes_per_token_and_device":
+            rows[name] = row
+        elif row["metric"] == "kv_bytes_per_running_request_and_device":
+            used.setdefault(name, []).append(row["ratio"])
+    text = (ROOT / "docs" / "benchmarks.md").read_text().replace("**", "")
+    for name, row in rows.items():
+        held = f"{row['value']:,.0f}" + ", for half of the requests" * name.endswith("DP2")
+        least, most = min(used[name]), max(used[name])
+        cells = [name, held, f"{row['ratio']:.0%}", f"{least:.1%} to {most:.1%}"]
+        assert f"| {' | '.join(cells)} |" in text, cells
+    assert len(rows) == len(used) == 4
+
+
+@pytest.mark.parametrize(
+    ("result", "note"),
+    [("", ""), ("_batch16", ""), ("_whole", ", frozen whole"), ("_fp32", "")],
+)
+def test_the_table_of_several_gpus_is_that_of_the_results(result: str, note: str) -> None:
     one, several, curve = _rows(f"training_scaling{result}_h200.json")[:3]
     batch, length, precision = re.findall(r"B(\d+) L(\d+) (\w+) x2$", several["case"])[0]
     # A share of the bf16 peak says nothing of float32.
     shares = [f" ({row['mfu']:.0%}" if precision == "bf16" else "" for row in (one, several)]
     cells = [
-        f"{batch} of {int(length):,} in {precision}" + ", frozen whole" * (result == "_whole"),
+        f"{batch} of {int(length):,} in {precision}{note}",
         f"{curve['steps']}",
         f"{one['value']:,.0f}{shares[0] and shares[0] + ' of the peak)'}",
         f"{several['value']:,.0f}{shares[1] and shares[1] + ')'}",
