@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -142,14 +143,22 @@ def _threads() -> dict[str, str]:
     return {_THREADS: str(min(_MOST_THREADS, os.cpu_count() or 1))}
 
 
+def _job(plan: Plan, call: Call) -> Path:
+    """The file that tells a worker its call; other calls on the same folder have their own."""
+    folder = plan.layout.job("worker").parent
+    handle, name = tempfile.mkstemp(".json", "worker-", folder)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(asdict(call), file)
+    return Path(name)
+
+
 def _share(calls: Sequence[Call], plan: Plan) -> None:
     """A process for each device, all on the same experiment."""
     patience = plan.experiment.seconds.save + _GRACE_S
     with contextlib.ExitStack() as stack:
         workers = []
-        for number, call in enumerate(calls):
-            job = plan.layout.job(f"worker-{number}.json")
-            job.write_text(json.dumps(asdict(call)), encoding="utf-8")
+        for call in calls:
+            job = _job(plan, call)
             command = [sys.executable, "-m", "benchmarks.training.command", str(job)]
             workers.append(stack.enter_context(process_group(command)))
         try:

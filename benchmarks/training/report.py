@@ -31,7 +31,8 @@ def write_report(plan: Plan) -> None:
         "failed": failures(layout),
         "rows": rows,
     }
-    with disk_errors(layout.out):
+    # Calls that share a folder end together.
+    with layout.lock("report", wait=True), disk_errors(layout.out):
         layout.out.mkdir(parents=True, exist_ok=True)
         write_json(layout.out / "report.json", document)
         drawn = draw(layout.out / FIGURE, [result for result in results if result])

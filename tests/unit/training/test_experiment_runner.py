@@ -180,3 +180,15 @@ def test_workers_with_devices_share_the_cores(monkeypatch, device, set_by_user, 
     found = added.get("OMP_NUM_THREADS", set_by_user)
     assert found == (None if threads is None else str(threads))
     assert added.get("CUDA_VISIBLE_DEVICES") == device
+
+
+def test_calls_that_share_a_folder_tell_their_workers_apart(world):
+    """Their workers read what to do seconds later."""
+    calls = [
+        command.Call("experiment.yaml", "out", "work", only=(name,), device="0")
+        for name in ("one", "other")
+    ]
+    plan = SimpleNamespace(layout=world.layout)
+    files = [command._job(plan, call) for call in calls]
+    told = [command.Call(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    assert [call.only for call in told] == [["one"], ["other"]]
