@@ -189,15 +189,17 @@ def test_the_tables_of_served_models_are_those_of_the_results() -> None:
         ("| all at once | run |", eight),
         ("| all at once | |", _served_lines("prompts_30b")),
         ("| all at once on two GPUs |", _served_lines("tp")),
+        ("| all at once on two GPUs, 30B-A3B |", _served_lines("tp_30b")),
     ):
         start = next(i for i, line in enumerate(lines) if line.startswith(header)) + 2
         assert sorted(lines[start : lines.index("", start)]) == sorted(expected)
 
 
-def test_the_table_of_kv_memory_on_two_gpus_is_that_of_the_result() -> None:
+@pytest.mark.parametrize("result", ["tp", "tp_30b"])
+def test_the_table_of_kv_memory_on_two_gpus_is_that_of_the_result(result: str) -> None:
     rows: dict[str, dict[str, Any]] = {}
     used: dict[str, list[float]] = {}
-    for row in _rows("serving_tp_h200.json"):
+    for row in _rows(f"serving_{result}_h200.json"):
         _, _, system, spread, *_ = row["case"].split()
         name = f"{SERVED[system]} {spread}"
         if row["metric"] == "kv_bytes_per_token_and_device":
