@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.training.layout import Layout
-from benchmarks.training.options import check_names, load_experiment
+from benchmarks.training.loading import check_names, load_experiment
 from benchmarks.training.plan import Plan
 from benchmarks.training.report import write_report
 from benchmarks.training.runner import Runner, failures

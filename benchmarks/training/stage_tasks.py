@@ -6,8 +6,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from benchmarks.training.loading import naming
 from benchmarks.training.models import Models, last_stage
-from benchmarks.training.options import Run, naming
+from benchmarks.training.options import Run
 from benchmarks.training.packing import MANIFEST
 from benchmarks.training.stages import check_same, read_result, record, stage_of
 from benchmarks.training.task import Task

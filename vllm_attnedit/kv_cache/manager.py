@@ -29,8 +29,8 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from vllm_attnedit.kv_cache.branches import branch_points
 from vllm_attnedit.kv_cache.release import ReleasingWindowManager
-from vllm_attnedit.kv_cache.retention import branch_points
 
 _PLENTY = 4
 """Memory is plentiful while more than one block in this many is free."""

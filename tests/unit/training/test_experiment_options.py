@@ -11,7 +11,7 @@ import yaml
 from benchmarks.provenance import ROOT
 from benchmarks.training.command import run_experiment
 from benchmarks.training.layout import Layout
-from benchmarks.training.options import load_experiment
+from benchmarks.training.loading import load_experiment
 from benchmarks.training.plan import Plan
 from vllm_attnedit.errors import AttnEditError
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from benchmarks.training import report
 from benchmarks.training.layout import Layout
+from benchmarks.training.loading import load_experiment
 from benchmarks.training.measure import Job, measure, settings
-from benchmarks.training.options import load_experiment
 from benchmarks.training.packing import MANIFEST, pack, unpack
 from benchmarks.training.plan import Plan
 from benchmarks.training.rows import add_rivals, quality_rows, training_rows
