@@ -76,7 +76,9 @@ class RunConfig:
     gradient_checkpointing: bool = option(
         "recompute each student layer in Stage 2's backward", False
     )
-    deterministic: bool = option("deterministic kernels: a resumed run repeats every bit", True)
+    deterministic: bool = option(
+        "deterministic kernels alone: a resumed run repeats every bit; false: faster on GPUs", True
+    )
     sharding: Literal["none", "fsdp2"] = option(
         "none: every device holds the models; fsdp2: teacher and student are sharded", "none"
     )

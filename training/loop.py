@@ -96,10 +96,11 @@ class Loop:
         """Train to the end, or until SIGTERM or the time limit.
 
         Raises:
-            AttnEditError: for a loss or gradient that is not finite, or a disk that fails; the last
-                good checkpoint stays.
+            AttnEditError: for a loss or gradient that is not finite, a disk that fails, or an
+                operation that cannot repeat every bit; the last good checkpoint stays.
         """
-        with disk_errors(self._folder):  # progress, curves and TensorBoard write as well
+        # Progress, curves and TensorBoard write as well.
+        with disk_errors(self._folder), self._devices.strict():
             return self._run()
 
     def _run(self) -> Outcome:

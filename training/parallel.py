@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +36,7 @@ class Devices:
         if run.deterministic:
             # cuBLAS reads this once, when it starts.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            # Measurements may do what a harness likes; training is strict.
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.state = PartialState(cpu=run.device == "cpu")
@@ -43,7 +44,7 @@ class Devices:
         self.rank: int = self.state.process_index
         self.ranks: int = self.state.num_processes
         self.main: bool = self.state.is_main_process
-        self.bf16 = run.precision == "bf16"
+        self.bf16, self._deterministic = run.precision == "bf16", run.deterministic
         torch.set_float32_matmul_precision("high" if run.precision == "tf32" else "highest")
         self.sharded, self._shard_frozen = run.sharding == "fsdp2", run.shard_frozen
         if self.sharded and self.ranks == 1 and not dist.is_initialized():
@@ -70,6 +71,30 @@ class Devices:
         if not self.bf16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+    @contextlib.contextmanager
+    def strict(self) -> Iterator[None]:
+        """Nothing but deterministic kernels, if the run is to repeat every bit.
+
+        Flash attention has a deterministic backward and takes it only then: asked to warn, it warns
+        and adds up in any order.
+
+        Raises:
+            AttnEditError: naming an operation that has no such kernel.
+        """
+        if not self._deterministic:
+            yield
+            return
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        except RuntimeError as error:
+            if "determinis" not in str(error):
+                raise
+            said = str(error).strip().splitlines()[0].split(", but")[0]
+            raise AttnEditError("run.deterministic", True, f"set it to false: {said}") from error
+        finally:
+            torch.use_deterministic_algorithms(True, warn_only=True)
 
     def barrier(self) -> None:
         self.state.wait_for_everyone()

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from training.attention import choose
 from training.config import RunConfig
 from training.parallel import Devices
+from vllm_attnedit.errors import AttnEditError
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,26 @@ def test_precision(monkeypatch, precision, products, dtype, kernel):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == dtype
     assert choose("auto", torch.device("cuda"), precision) == kernel
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_training_is_strict_or_free(deterministic):
+    """Asked to warn only, flash attention would warn and add up its gradients in any order."""
+    torch.use_deterministic_algorithms(False)
+    devices = Devices(RunConfig(device="cpu", deterministic=deterministic), seed=0)
+    with devices.strict():
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled() == deterministic
+
+
+def test_what_cannot_repeat_every_bit_is_named():
+    devices = Devices(RunConfig(device="cpu"), seed=0)
+    said = r"run.deterministic: True: set it to false: put_ does not .*implementation$"
+    with pytest.raises(AttnEditError, match=said), devices.strict():
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+    with pytest.raises(RuntimeError, match="another"), devices.strict():
+        raise RuntimeError("another")
 
 
 @pytest.fixture
