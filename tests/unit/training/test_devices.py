@@ -54,7 +54,7 @@ def test_what_cannot_repeat_every_bit_is_named():
     with pytest.raises(AttnEditError, match=said), devices.strict():
         torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
     with pytest.raises(RuntimeError, match="another"), devices.strict():
-        raise RuntimeError("another")
+        raise RuntimeError("another: {'are_deterministic_algorithms_enabled': True}")
 
 
 @pytest.fixture
