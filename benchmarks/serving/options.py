@@ -8,14 +8,14 @@ devices that all of them get hold one copy of it or several.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from benchmarks.serving.spread import count_devices
-from benchmarks.serving.system import Positive, StrictModel, System
-from vllm_attnedit.errors import AttnEditError
+from benchmarks.serving.system import Positive, System
+from benchmarks.strict_model import StrictModel, validated
+from benchmarks.yaml_file import read_yaml
 
 
 class Server(StrictModel):
@@ -197,22 +197,11 @@ def load_options(path: Path, devices: int | None = None) -> Options:
     Raises:
         AttnEditError: naming the file, the field and what is wrong with it.
     """
-    try:
-        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AttnEditError(str(path), error.strerror, "give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AttnEditError(str(path), error, "mend the YAML") from error
+    data = read_yaml(path)
     server = data.get("server") if isinstance(data, dict) else None
     if isinstance(server, dict):
         if devices is not None:
             server["devices"] = devices
         elif server.get("devices") == "all":
             server["devices"] = count_devices()
-    try:
-        return Options.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        shown = first["input"] if not isinstance(first["input"], dict) else "..."
-        raise AttnEditError(f"{path}: {field}", shown, first["msg"]) from error
+    return validated(Options, data, path)

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from benchmarks.strict_model import StrictModel
 from vllm_attnedit.edit.patterns import EditPlan
 from vllm_attnedit.errors import AttnEditError
 
 Positive = Annotated[int, Field(ge=1)]
-
-
-class StrictModel(BaseModel):
-    """A section of the file; what it does not know is refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class System(StrictModel):

@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from vllm_attnedit.errors import AttnEditError
+from benchmarks.strict_model import StrictModel, validated
+from benchmarks.yaml_file import read_yaml
 
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class Job(BaseModel):
+class Job(StrictModel):
     """One command of a suite.
 
     Attributes:
@@ -29,8 +29,6 @@ class Job(BaseModel):
         devices: that it has to itself.
         environment: further variables.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
     command: str
@@ -71,10 +69,8 @@ class Job(BaseModel):
         return [sys.executable if program == "python" else program, *arguments]
 
 
-class Suite(BaseModel):
+class Suite(StrictModel):
     """A suite's file: its jobs, in the order in which they begin."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     jobs: Annotated[tuple[Job, ...], Field(min_length=1)]
 
@@ -92,14 +88,4 @@ def load_suite(path: Path) -> Suite:
     Raises:
         AttnEditError: naming the file, the field and what is wrong with it.
     """
-    try:
-        return Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise AttnEditError(str(path), error.strerror, "give a suite's YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AttnEditError(str(path), error, "mend the YAML") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        shown = first["input"] if not isinstance(first["input"], dict) else "..."
-        raise AttnEditError(f"{path}: {field}", shown, first["msg"]) from error
+    return validated(Suite, read_yaml(path, "a suite's YAML file"), path)

@@ -7,11 +7,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from benchmarks.training.options import TEACHER, Experiment, Student
+from benchmarks.yaml_file import read_yaml
 from training.options import apply_overrides, build
 from vllm_attnedit.errors import AttnEditError
 
@@ -28,12 +26,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         AttnEditError: naming the field, the value and the fix.
     """
-    try:
-        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AttnEditError(str(path), error.strerror, "give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AttnEditError(str(path), error, "mend the YAML") from error
+    data = read_yaml(path)
     if isinstance(data, dict):
         data.pop("shared", None)  # a place for YAML anchors
         if isinstance(data.get("options"), dict):
