@@ -144,6 +144,11 @@ def packed_attention(
         raise AttnEditError(
             "attention_dropout", dropout, "set it to 0 in the teacher's config.json"
         )
+    if torch.is_autocast_enabled(query.device.type):
+        # Autocast casts for scaled dot-product attention, not for the two others; their inputs are
+        # float32 where the norms and the rotary embedding are: when all of the model trains.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if isinstance(attention_mask, DocumentEnds):
         attend = _flash_varlen if query.is_cuda else _plain_varlen
         return attend(query, key, value, attention_mask, scaling, sliding_window), None

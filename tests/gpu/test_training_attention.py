@@ -54,6 +54,20 @@ def test_kernels_equal_the_mask(form, dims, window):
         assert (mine.float() - theirs).norm() / size < 1e-2
 
 
+@pytest.mark.parametrize("form", ["varlen", "flex"])
+def test_float32_inputs_under_autocast(form):
+    """Those of a layer all of which trains; their gradients are float32 again."""
+    shapes = [(3, 9, 2024, 64), (3, 3, 2024, 64), (3, 3, 2024, 64)]
+    inputs = [torch.randn(shape, device="cuda") for shape in shapes]
+    weight = torch.randn(3, 2024, 9, 64, device="cuda")
+    expected = run("sdpa", 128, inputs, weight)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = run(form, 128, inputs, weight)
+    assert [x.dtype for x in found] == [torch.bfloat16, *[torch.float32] * 3]
+    for mine, theirs in zip(found, expected):
+        assert (mine.float() - theirs).norm() / theirs.norm() < 1e-2
+
+
 @pytest.mark.parametrize("window", [None, 128])
 def test_gradients_repeat_every_bit(window):
     """As strict as training is. Of a window a query has so few parts that their order hardly

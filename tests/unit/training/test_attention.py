@@ -126,6 +126,28 @@ def test_documents_of_any_lengths(rows, window, seed):
         torch.testing.assert_close(output.double(), expected, atol=3e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("form", "function"), [("varlen", "_plain_varlen"), ("flex", "_flex")])
+def test_kernels_get_the_dtype_of_autocast(monkeypatch, form, function):
+    """Where norms and embeddings train, in float32, the rotary embedding makes float32 of queries
+    and keys. Autocast knows neither kernel, and flash attention takes nothing but bf16."""
+    kernel, seen = getattr(attention, function), set()
+
+    def watched(query, key, value, *rest):
+        seen.update(x.dtype for x in (query, key, value))
+        return kernel(query, key, value, *rest)
+
+    monkeypatch.setattr(attention, function, watched)
+    batch = batch_of([[5, 1, 8], [14]])
+    query, key, value = (x.detach() for x in tensors(1, 2, 2, 1, 14, 16, 16))
+    mask = build_masks(batch, form, None)["full_attention"]
+    inputs = (query, key, value.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = packed_attention(module(2, 1), *inputs, mask, scaling=0.2)
+    assert seen == {torch.bfloat16}
+    expected = oracle(query, key, value, batch.documents, None, 0.2)
+    torch.testing.assert_close(output.double(), expected, atol=0.02, rtol=0.02)
+
+
 def test_the_flash_kernel_is_asked_for_what_it_takes(monkeypatch):
     """On CUDA: flattened tensors, one width for all, the window without the query's own key."""
     asked: dict[str, Any] = {}
