@@ -55,7 +55,7 @@ class StudentLoss(nn.Module):
         kept = batch.pick(hidden.flatten(0, 1)).to(self._dtype)
         kl, agreed = chunked_kl(
             kept,
-            self.student.head,
+            self.student.head.to(self._dtype),
             target,
             batch.loss_weight,
             chunk=self._stage.chunk_tokens,

@@ -98,8 +98,12 @@ class Trunk(nn.Module):
 
     def forward(self, batch: Batch, masks: dict[str, Any]) -> Tensor:
         """Last hidden states (B, T, E) of a batch under masks by layer type."""
+        embedded: Tensor = self.lm.model.embed_tokens(batch.input_ids)
+        if torch.is_autocast_enabled(embedded.device.type):
+            # A trained embedding is float32; autocast would leave the residual stream as wide.
+            embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))
         hidden: Tensor = self.lm.model(
-            input_ids=batch.input_ids,
+            inputs_embeds=embedded,
             attention_mask=masks,
             position_ids=batch.position_ids,
             use_cache=False,

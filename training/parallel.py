@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -78,7 +79,8 @@ class Devices:
         """Nothing but deterministic kernels, if the run is to repeat every bit.
 
         Flash attention has a deterministic backward and takes it only then: asked to warn, it warns
-        and adds up in any order.
+        and adds up in any order. Compiled code rounds where the model says: what a fusion would keep
+        in float32 depends on what else there is to fuse, which differs where parameters are sharded.
 
         Raises:
             AttnEditError: naming an operation that has no such kernel.
@@ -88,7 +90,8 @@ class Devices:
             return
         torch.use_deterministic_algorithms(True)
         try:
-            yield
+            with inductor.patch(emulate_precision_casts=True):
+                yield
         except RuntimeError as error:
             # A failed compilation prints settings that speak of determinism as well.
             named = re.search(r"\S+ does not have a deterministic implementation", str(error))
@@ -145,23 +148,25 @@ class Devices:
         and a layer's trained ones are a part of it, all of these are one unit: gathered and reduced
         once a step. Units so small would cost the host more than they take the device.
 
-        Trained parameters must be float32: they are gathered in the compute dtype, their gradients
-        are reduced in float32.
+        Trained parameters must be float32: matrices are gathered in the compute dtype, as autocast
+        would cast them, and their gradients reduced in float32. Vectors, the norms' among them,
+        autocast leaves in float32: they stay whole, for :meth:`average_gradients`. So a step is the
+        same, sharded or not.
         """
         if not self.sharded:
             return root
-        kept: set[nn.Parameter] = set()
-        if not self._shard_frozen:
-            kept = {p for p in root.parameters() if not p.requires_grad}
-            if len(kept) == len(list(root.parameters())):
-                return root
+        parameters = set(root.parameters())
+        frozen = {p for p in parameters if not p.requires_grad}
+        kept = set() if self._shard_frozen else frozen
+        if kept == parameters:
+            return root
         policy = MixedPrecisionPolicy(
             param_dtype=self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         options: dict[str, Any] = {
             "mesh": init_device_mesh(self.device.type, (self.ranks,)),
             "mp_policy": policy,
-            "ignored_params": kept,
+            "ignored_params": kept | {p for p in parameters - frozen if p.ndim < 2},
         }
         for layer in layers:
             if kept.isdisjoint(layer.parameters()):
