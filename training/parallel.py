@@ -79,8 +79,8 @@ class Devices:
         """Nothing but deterministic kernels, if the run is to repeat every bit.
 
         Flash attention has a deterministic backward and takes it only then: asked to warn, it warns
-        and adds up in any order. Compiled code rounds where the model says: what a fusion would keep
-        in float32 depends on what else there is to fuse, which differs where parameters are sharded.
+        and adds up in any order. Compiled code rounds where the model says: what a fusion keeps in
+        float32 depends on what else there is to fuse, and that on whether parameters are sharded.
 
         Raises:
             AttnEditError: naming an operation that has no such kernel.
