@@ -130,7 +130,8 @@ def test_documents_of_any_lengths(rows, window, seed):
 def test_kernels_get_the_dtype_of_autocast(monkeypatch, form, function):
     """Where norms and embeddings train, in float32, the rotary embedding makes float32 of queries
     and keys. Autocast knows neither kernel, and flash attention takes nothing but bf16."""
-    kernel, seen = getattr(attention, function), set()
+    kernel = getattr(attention, function)
+    seen: set[torch.dtype] = set()
 
     def watched(query, key, value, *rest):
         seen.update(x.dtype for x in (query, key, value))
