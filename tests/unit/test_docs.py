@@ -217,7 +217,14 @@ def test_the_table_of_kv_memory_on_two_gpus_is_that_of_the_result(result: str) -
 
 @pytest.mark.parametrize(
     ("result", "note"),
-    [("", ""), ("_batch16", ""), ("_whole", ", frozen whole"), ("_fp32", "")],
+    [
+        ("", ""),
+        ("_batch16", ""),
+        ("_whole", ", frozen whole"),
+        ("_fp32", ""),
+        ("_real", ", frozen whole, real weights"),
+        ("_emulated", ", the same, casts kept"),
+    ],
 )
 def test_the_table_of_several_gpus_is_that_of_the_results(result: str, note: str) -> None:
     one, several, curve = _rows(f"training_scaling{result}_h200.json")[:3]
@@ -240,34 +247,81 @@ TRAINED = {
     "teacher": "teacher",
     "gateswa-inherit@untrained": "GateSWA, untrained",
     "gateswa-inherit": "GateSWA, 158M tokens",
+    "gateswa-long": "and 100M more, of long texts",
+    "gateswa-everything": "and 100M more, everything trained",
+    "gateswa-long-everything": "and 100M more, both",
     "gateswa-random": "GateSWA from random weights, 70M",
     "mla-inherit@untrained": "MLA, untrained",
     "mla-inherit": "MLA, 155M tokens",
+    "mla-random": "MLA from random weights, 80M",
     "sinks": "windows and 4 sinks, every 6th layer full",
     "sinks-chosen": "windows and 4 sinks, chosen layers full",
     "windows-chosen": "windows, chosen layers full",
 }
+ABLATION = {
+    "base": "base: window 128, gate, from the teacher's attention",
+    "no-stage1": "no Stage 1",
+    "no-gate": "no gate",
+    "cosine": "cosine term, weight 0.05",
+    "random": "from random weights",
+    "random-no-stage1": "from random weights, no Stage 1",
+    "window-64": "window 64",
+    "window-256": "window 256",
+    "window-512": "window 512",
+    "early": "full layers 0, 4, 8, 12, 16",
+}
+
+
+def _models(result: str) -> dict[str, dict[tuple[str, str], Any]]:
+    models: dict[str, dict[tuple[str, str], Any]] = {}
+    for row in _rows(result):
+        if "variant" in row:
+            models.setdefault(row["variant"], {})[row["what"], row["metric"]] = row
+    return models
+
+
+def _tasks(rows: dict[tuple[str, str], Any], examples: int) -> str:
+    mean = rows.get((f"mean of 6 tasks {examples}-shot", "acc"))
+    if mean is None:
+        return ""
+    value = f"{100 * mean['value']:.2f}"
+    if "difference" not in mean:
+        return value
+    half = (mean["difference_high"] - mean["difference_low"]) / 2
+    return f"{value} ({100 * mean['difference']:+.2f} ± {100 * half:.2f})"
 
 
 def test_the_table_of_trained_models_is_that_of_the_result() -> None:
     text = (ROOT / "docs" / "training.md").read_text()
-    models: dict[str, dict[tuple[str, str], Any]] = {}
-    for row in _rows("training_smollm2_h200.json"):
-        if "variant" in row:
-            models.setdefault(row["variant"], {})[row["what"], row["metric"]] = row
+    models = _models("training_smollm2_h200.json")
     assert set(models) == set(TRAINED)
     for name, rows in models.items():
         cells = [TRAINED[name], f"{rows['KV cache', 'bytes a token']['value']:,.0f}"]
         for length in (1024, 2048, 4096, 8192):
             row = rows[f"perplexity wikitext2 L{length}", "perplexity"]
             cells.append(f"{row['value']:.2f}")
-        mean = rows["mean of 6 tasks 0-shot", "acc"]
-        tasks = f"{100 * mean['value']:.2f}"
         if name == "teacher":
-            cells += ["", "", tasks]
+            cells += ["", ""]
         else:
             agreement = [rows["agreement wikitext2 L2048", what] for what in ("top1", "kl")]
             cells += [f"{agreement[0]['value']:.1%}", f"{agreement[1]['value']:.3f}"]
-            half = (mean["difference_high"] - mean["difference_low"]) / 2
-            cells.append(f"{tasks} ({100 * mean['difference']:+.2f} ± {100 * half:.2f})")
+        cells += [_tasks(rows, examples) for examples in (0, 5)]
         assert f"| {' | '.join(cells)} |" in text, name
+
+
+def test_the_table_of_the_ablation_is_that_of_the_result() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    models = _models("training_ablation_h200.json")
+    last = {
+        row["case"].split()[-1]: row["value"]
+        for row in _rows("training_ablation_h200.json")
+        if row["metric"] == "KL to the teacher"
+    }
+    assert set(last) == set(ABLATION)
+    teacher = models["teacher"]["perplexity wikitext2 L2048", "perplexity"]["value"]
+    for name, words in ABLATION.items():
+        value = models[name]["perplexity wikitext2 L2048", "perplexity"]["value"]
+        agreement = [models[name]["agreement wikitext2 L2048", what] for what in ("top1", "kl")]
+        same, kl = (row["value"] for row in agreement)
+        cells = [words, f"{value:,.2f}", f"{value / teacher - 1:.1%}", f"{same:.1%}", f"{kl:.3f}"]
+        assert f"| {' | '.join([*cells, f'{last[name]:.3f}'])} |" in text, name
