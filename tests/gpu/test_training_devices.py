@@ -1,6 +1,6 @@
 """Stage 2 on one GPU and sharded over two: the same steps, bit for bit, eager and compiled.
 
-    python -m pytest -m gpu tests/gpu/test_training_devices.py
+python -m pytest -m gpu tests/gpu/test_training_devices.py
 """
 
 from __future__ import annotations
