@@ -58,7 +58,8 @@ class Plan:
     def missing(self, only: Sequence[str] = ()) -> list[Task]:
         """Undone tasks of some runs and baselines, and the undone ones that they need, in order.
 
-        The teacher is measured for everybody; edits and the like only for who needs them.
+        The teacher is measured for everybody; edits and the like, and the models of runs that
+        finished elsewhere, only for who needs them.
         """
         names: set[str] = set()
 
@@ -69,7 +70,8 @@ class Plan:
                     visit(self.tasks[need])
 
         for task in self.tasks.values():
-            if task.owner and (not only or task.owner in (*only, TEACHER)):
+            asked = not only or task.owner in (*only, TEACHER)
+            if task.owner and asked and not task.noted():
                 visit(task)
         return [task for name, task in self.tasks.items() if name in names]
 

@@ -44,7 +44,7 @@ def stage_task(models: Models, run: Run, stage: str, needs: tuple[str, ...]) -> 
     def finished(which: str) -> bool:
         kept = layout.packed(run.name, which) / MANIFEST
         there = layout.model(run.name, which).is_dir() or kept.is_file()
-        return there and stage_of(read_result(layout, run.name), which).get("state") == "finished"
+        return there and _noted(models, run, which)
 
     def done() -> bool:
         stages = list(run.stages)
@@ -75,10 +75,19 @@ def stage_task(models: Models, run: Run, stage: str, needs: tuple[str, ...]) -> 
         with atomic_folder(state) as folder:
             shutil.copytree(packed, folder, dirs_exist_ok=True)
 
-    task = Task(task_name(run.name, stage), "stage", run.name, needs, done, command, ended)
+    name = task_name(run.name, stage)
+    task = Task(
+        name, "stage", run.name, needs, done, command, ended,
+        noted=lambda: _noted(models, run, stage),
+    )  # fmt: skip
     if models.experiment.pack.keep != "all":
         return task
     return Task(**{**vars(task), "carry": carry, "carried": carried})
+
+
+def _noted(models: Models, run: Run, stage: str) -> bool:
+    """Whether a stage finished, here or elsewhere."""
+    return stage_of(read_result(models.layout, run.name), stage).get("state") == "finished"
 
 
 def pack_task(models: Models, run: Run, stage: str) -> Task:
@@ -100,5 +109,8 @@ def pack_task(models: Models, run: Run, stage: str) -> Task:
         for earlier in stages[: stages.index(stage)]:
             shutil.rmtree(models.layout.packed(run.name, earlier), ignore_errors=True)
 
+    def lost() -> bool:
+        return _noted(models, run, stage) and not models.layout.model(run.name, stage).is_dir()
+
     name = task_name(run.name, stage)
-    return Task(f"{name}@pack", "pack", run.name, (name,), done, command, ended)
+    return Task(f"{name}@pack", "pack", run.name, (name,), done, command, ended, noted=lost)

@@ -11,6 +11,11 @@ def _nothing(_log: Path, _seconds: float) -> None:
     """Most tasks leave their result where it belongs."""
 
 
+def _never() -> bool:
+    """Of most tasks nothing is known but their result."""
+    return False
+
+
 @dataclass(frozen=True)
 class Task:
     """One process: an edit, a stage, a measurement. So a failure is that task's alone.
@@ -25,6 +30,8 @@ class Task:
         ended: takes in what the process left: its log, and how many seconds it took.
         carry: of a stage: the command line that packs what a stopped run has so far.
         carried: takes in what that packed.
+        noted: whether all that is told of it is known, though its result may be lost: done again
+            only for a task that needs it.
     """
 
     name: str
@@ -36,6 +43,7 @@ class Task:
     ended: Callable[[Path, float], None] = _nothing
     carry: Callable[[], list[str]] | None = None
     carried: Callable[[], None] | None = None
+    noted: Callable[[], bool] = _never
 
     @property
     def resumable(self) -> bool:

@@ -238,6 +238,17 @@ def test_the_report_needs_no_checkpoints(plan, monkeypatch):
     assert (plan.layout.out / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_run_whose_model_is_lost_is_trained_again_only_for_who_needs_it(plan):
+    take_part(plan, 60.0)
+    measure_all(plan)
+    shutil.rmtree(plan.layout.work)
+    assert plan.missing() == []
+    plan.layout.measured("mine", "text").unlink()
+    names = [task.name for task in plan.missing()]
+    assert names[-2:] == ["mine@stage2", "measure@mine@text"]
+    assert "mine@stage2@pack" not in names
+
+
 def test_what_is_measured_otherwise_is_measured_again(plan):
     config = plan.models.measure
     before = {part: settings(config, part) for part in ("text", "passkey", "tasks-0")}
