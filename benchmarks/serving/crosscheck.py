@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving.levels import run_level
-from benchmarks.serving.options import Options, Workload
+from benchmarks.serving.options import Options
 from benchmarks.serving.server import Running
+from benchmarks.serving.workload import Workload
 from examples.quickstart.processes import CommandFailed, run, vllm_command
 
 WITHIN = 0.05

@@ -12,8 +12,8 @@ import gevent
 import httpx
 from gevent.event import Event
 
+from benchmarks.serving.plan import Plan
 from benchmarks.serving.records import ClientCost, Record, write_records
-from benchmarks.serving.workloads import Plan
 from vllm_attnedit.errors import AttnEditError
 
 _BEAT_S = 0.01
@@ -26,16 +26,15 @@ class Generator:
     Args:
         plan: the workload's requests.
         model_name: as the server calls the model.
-        users: of the level, over all processes.
         index, processes: which of how many processes this is.
     """
 
-    def __init__(self, plan: Plan, model_name: str, users: int, index: int, processes: int) -> None:
-        self.plan, self.model_name, self.users = plan, model_name, users
+    def __init__(self, plan: Plan, model_name: str, index: int, processes: int) -> None:
+        self.plan, self.model_name = plan, model_name
         self.index, self.processes = index, processes
         self.records: list[Record] = []
         self._open: dict[int, Record] = {}
-        self._started_users = self._ready_users = self._done_users = 0
+        self._started_users = self._ready_users = self._done_users = self._conversations = 0
         self._go = Event()
         self._lags = array("f")
         self._stream_beats = 0
@@ -43,10 +42,10 @@ class Generator:
         self._cpu = time.process_time()
         self._beating = gevent.spawn(self._beat)
 
-    def next_user(self) -> int:
-        """Number of a new user, over all processes (users are dealt out in turn)."""
+    def is_first_user(self) -> bool:
+        """Note that a user came; whether it is the first one of this process."""
         self._started_users += 1
-        return (self._started_users - 1) * self.processes + self.index
+        return self._started_users == 1
 
     def all_ready(self) -> None:
         """Wait until every user of this process has its request at hand: a burst starts at once.
@@ -68,13 +67,16 @@ class Generator:
             return self._done_users == 1
         return self._done_users == self._started_users
 
-    def numbers(self, user: int) -> Iterator[int]:
-        """What one user asks: every so manieth conversation, turn by turn."""
+    def numbers(self) -> Iterator[int]:
+        """What one user asks: always the next conversation that nobody has had, turn by turn.
+
+        No number comes twice, also if users come and go meanwhile.
+        """
         turns = self.plan.workload.turns
-        conversation = user
         while True:
+            conversation = self._conversations * self.processes + self.index
+            self._conversations += 1
             yield from range(conversation * turns, (conversation + 1) * turns)
-            conversation += self.users
 
     def arrivals(self) -> Iterator[tuple[int, float]]:
         """This process's requests of an open load: number and seconds after the start."""

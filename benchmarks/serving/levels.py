@@ -5,8 +5,8 @@ A level's result is JSON-ready. ``status`` is one of
 * ``ok``;
 * ``not steady``: a closed load whose rate did not settle within its limit; figures are of the last
   windows before it;
-* ``failed`` or ``out of memory``: the server died, or no request was answered. There are no figures
-  then: half a level would flatter or slander;
+* ``failed`` or ``out of memory``: the server died, no request was answered, or one of a burst was
+  not. There are no figures then: half a level would flatter or slander;
 * ``client too slow``: the load generator could not keep up, so that its lateness would be counted
   as the server's. There are no figures either.
 """
@@ -24,11 +24,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.options import Goal, Measure, Workload
+from benchmarks.serving.options import Goal, Measure
+from benchmarks.serving.readiness import wait_until_idle
 from benchmarks.serving.records import CUT, ClientCost, Record, read_records
 from benchmarks.serving.scraping import Sample, Scraper, use_of_memory
 from benchmarks.serving.server import Running, ServerFailed
 from benchmarks.serving.stats import steady_since, summarise
+from benchmarks.serving.workload import Workload
 from examples.quickstart.processes import free_port, process_group
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
@@ -62,6 +64,10 @@ def run_level(
         if result["status"] != "client too slow" or more <= processes:
             return result
         processes = more
+        # Others, that no cache has seen.
+        workload = workload.model_copy(update={"seed": workload.seed + 1})
+        if not wait_until_idle(server):
+            return result
 
 
 def _attempt(
@@ -103,9 +109,13 @@ def _attempt(
     if workload.load == "burst" and 0 < len(records) < level:
         reason = f"the load generator sent {len(records)} of {level:g} requests"
         return result | {"status": "failed", "reason": reason}
-    if not any(record.whole for record in records):
-        errors = sorted({r.error for r in records if r.failed}) or [_end_of(log)]
-        return result | {"status": "failed", "reason": "; ".join(errors[:3])}
+    failed = [record for record in records if record.failed]
+    if not any(record.whole for record in records) or (workload.load == "burst" and failed):
+        errors = sorted({record.error for record in failed}) or [_end_of(log)]
+        reason = "; ".join(errors[:3])
+        if failed:
+            reason = f"{len(failed)} of {len(records)} requests: {reason}"
+        return result | {"status": "failed", "reason": reason}
     if too_slow(costs, measure):
         return result | {"status": "client too slow", "reason": json.dumps(result["client"])}
     start_s, end_s, steady = _interval(workload, records, since, scraper, measure)

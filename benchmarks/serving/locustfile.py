@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,13 @@ from typing import Any
 import gevent
 from locust import User, constant, events, task
 from locust.env import Environment
-from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
 from benchmarks.serving.generator import Generator, describe_server
-from benchmarks.serving.options import Workload
+from benchmarks.serving.plan import Ask, Plan
 from benchmarks.serving.records import Record
 from benchmarks.serving.streams import connect, run_stream
-from benchmarks.serving.workloads import Ask, Plan
+from benchmarks.serving.workload import Workload
 from vllm_attnedit.errors import AttnEditError
 
 _MOST_GAPS = 16
@@ -44,7 +44,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--prefix-tokens": {"type": int, "default": 0, "help": "shared by all conversations"},
     "--turns": {"type": int, "default": 1, "help": "of a conversation (kind multi_turn)"},
     "--trace": {"default": "", "help": "file of kind trace or sessions"},
-    "--seed": {"type": int, "default": 0},
+    "--seed": {"type": int, "default": 0, "help": "of the prompts; 0 draws new ones for every run"},
     "--vocab-size": {"type": int, "default": 32_000, "help": "prompts are ids below it"},
     "--max-model-len": {"type": int, "default": 0, "help": "asked from the server by default"},
     "--records": {"default": "", "help": "folder for a file with every request"},
@@ -77,7 +77,7 @@ def workload_of(options: Any, users: int) -> Workload:
             prefix_tokens=options.prefix_tokens,
             turns=options.turns,
             path=Path(options.trace) if options.trace else None,
-            seed=options.seed,
+            seed=options.drawn_seed,
         )
     except ValueError as error:
         first = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
@@ -86,6 +86,9 @@ def workload_of(options: Any, users: int) -> Workload:
 
 @events.test_start.add_listener
 def _start(environment: Environment, **_: Any) -> None:
+    environment.generator = None  # type: ignore[attr-defined]
+    if not isinstance(environment.runner, WorkerRunner):
+        _draw_seed(environment.parsed_options)
     if isinstance(environment.runner, MasterRunner):
         environment.drained = set()  # type: ignore[attr-defined]
         return
@@ -102,13 +105,22 @@ def _start(environment: Environment, **_: Any) -> None:
     except AttnEditError as error:
         print(f"locustfile: {error}", flush=True)
         environment.process_exit_code = 2
-        if environment.runner is not None and options.headless:
-            gevent.spawn_later(0.1, environment.runner.quit)
+        if (runner := environment.runner) is not None:
+            gevent.spawn_later(0.1, runner.quit if options.headless else runner.stop)
         return
     index = getattr(environment.runner, "worker_index", 0) or 0
-    environment.generator = Generator(  # type: ignore[attr-defined]
-        plan, name, users, index, max(1, options.processes or 1)
-    )
+    processes = max(1, options.processes or 1, options.expect_workers or 1)
+    environment.generator = Generator(plan, name, index, processes)  # type: ignore[attr-defined]
+
+
+def _draw_seed(options: Any) -> None:
+    """Seed 0 is another one in each run: servers cache prompts, and a second run would find them.
+
+    Workers get the attribute with the others that they do not know from their own command line.
+    """
+    options.drawn_seed = options.seed or random.SystemRandom().randrange(1, 1 << 31)
+    if not options.seed:
+        print(f"locustfile: prompts of --seed {options.drawn_seed}", flush=True)
 
 
 @events.test_stop.add_listener
@@ -121,6 +133,17 @@ def _stop(environment: Environment, **_: Any) -> None:
     if options.records:
         gevent.sleep(0)  # users that were just killed note what they had
         generator.write(Path(options.records) / f"{os.getpid()}.jsonl")
+
+
+@events.quitting.add_listener
+def _quit(environment: Environment, **_: Any) -> None:
+    """A headless run in which nothing was asked did not pass."""
+    options: Any = environment.parsed_options
+    if isinstance(environment.runner, WorkerRunner) or not options.headless:
+        return
+    if environment.process_exit_code is None and not environment.stats.total.num_requests:
+        print("locustfile: no request was answered: is -t long enough?", flush=True)
+        environment.process_exit_code = 1
 
 
 @events.init.add_listener
@@ -145,10 +168,11 @@ class ApiUser(User):
     def on_start(self) -> None:
         generator: Generator | None = getattr(self.environment, "generator", None)
         if generator is None:
-            raise StopUser
+            gevent.sleep(1e9)  # _start said what is wrong and stops the run
+            return
         self.generator = generator
-        self.index = generator.next_user()
-        self.numbers = generator.numbers(self.index)
+        self.is_first = generator.is_first_user()
+        self.numbers = generator.numbers()
         self.client = connect(self.environment.host or "")
 
     @task
@@ -163,7 +187,7 @@ class ApiUser(User):
             self._send(self.client, *ask, Record(number))
             if load == "closed":
                 return
-        elif self.index == self.generator.index:
+        elif self.is_first:
             self._send_arrivals()
         if self.generator.user_is_done():
             self._drained()
@@ -227,3 +251,8 @@ class ApiUser(User):
             event("TPOT", record.tpot_s)
         for gap in record.gaps_s[:: -(-len(record.gaps_s) // _MOST_GAPS) or 1]:
             event("ITL", gap)
+
+
+# Timers count from the time that the loop read last, which was before all of this was imported:
+# without this, -t would be cut short by as much.
+gevent.get_hub().loop.update_now()

@@ -8,6 +8,7 @@ sampler's host side or the API.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 import httpx
 
 from benchmarks.serving.levels import locust_command
-from benchmarks.serving.options import Options, Workload
+from benchmarks.serving.options import Options
 from benchmarks.serving.server import serving
 from benchmarks.serving.system import System
 from benchmarks.serving.systems import describe, is_dummy, prepare
+from benchmarks.serving.workload import Workload
 from benchmarks.trace import SERVING, read_trace_events, shares
 from examples.quickstart.processes import process_group
 
@@ -41,7 +43,8 @@ def profile(
     model = prepare(options, system, out / "models")
     name = describe(model, system.name, options.server.max_model_len)
     traces = (out / "profiles" / f"{system.name}-{workload.name}-{level:g}").resolve()
-    traces.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(traces, ignore_errors=True)  # an earlier trace is not this one's
+    traces.mkdir(parents=True)
     profiler = {
         "profiler": "torch",
         "torch_profiler_dir": str(traces),

@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 
-from benchmarks.serving.options import Workload
+from benchmarks.serving.plan import Plan
 from benchmarks.serving.scraping import read_sample
 from benchmarks.serving.server import Running
-from benchmarks.serving.workloads import Plan
+from benchmarks.serving.workload import Workload
 
 _IDLE_S = 60.0
 

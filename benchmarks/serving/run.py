@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from benchmarks.names import check_known
 from benchmarks.provenance import provenance
 from benchmarks.serving.crosscheck import crosscheck
-from benchmarks.serving.options import Options, Workload
+from benchmarks.serving.options import Options
+from benchmarks.serving.plan import Plan
 from benchmarks.serving.readiness import warm_up
 from benchmarks.serving.repeats import run_repeats
 from benchmarks.serving.reported import kv_report
@@ -32,7 +33,7 @@ from benchmarks.serving.server import (
 from benchmarks.serving.spread import spread_of
 from benchmarks.serving.system import System
 from benchmarks.serving.systems import check_spread, describe, is_dummy, prepare
-from benchmarks.serving.workloads import Plan
+from benchmarks.serving.workload import Workload
 from vllm_attnedit.errors import AttnEditError
 
 
@@ -158,7 +159,7 @@ class Benchmark:
             warm_up(running, workload, model, options.measure.warm_up_requests)
             folder = path.with_suffix("")
             result = run_repeats(running, workload, level, model, options, folder)
-            _write(path, {**_identity(one, workload), **result})
+            _write(path, {**_identity(one, workload), **result, "provenance": self.provenance})
             _say(f"{one.name}: {workload.name} at {level:g}: {_short(result)}")
             todo = todo[1:]
             wanted = options.measure.crosscheck == f"{workload.name}:{level:g}"

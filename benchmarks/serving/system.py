@@ -6,11 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from benchmarks.serving.workload import Positive
 from benchmarks.strict_model import StrictModel
 from vllm_attnedit.edit.patterns import EditPlan
 from vllm_attnedit.errors import AttnEditError
-
-Positive = Annotated[int, Field(ge=1)]
 
 
 class System(StrictModel):

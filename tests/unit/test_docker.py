@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions, requires
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 from compose_spec import PyCompose
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -43,6 +46,45 @@ def test_images_run_as_nobody_special_and_tell_their_health(path: Path) -> None:
     assert sources
     assert all((ROOT / source).exists() for source in sources)
     assert "." not in sources  # a checkout may hold checkpoints
+
+
+def test_the_load_generator_needs_no_more_than_its_image_has() -> None:
+    """It is imported where every package is hidden that its requirements do not bring."""
+    image = _with_what_they_need((DOCKER / "locust/requirements.txt").read_text().split())
+    hidden = {
+        module
+        for module, owners in packages_distributions().items()
+        if not image & {canonicalize_name(owner) for owner in owners}
+    } - {"benchmarks", "vllm_attnedit"}
+    assert {"torch", "transformers", "vllm"} <= hidden
+    code = (
+        "import sys; hidden = set(sys.argv[1:])\n"
+        "class Hide:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in hidden: raise ModuleNotFoundError(name=name)\n"
+        "sys.meta_path.insert(0, Hide())\n"
+        "import benchmarks.serving.locustfile"
+    )
+    command = [sys.executable, "-c", code, *sorted(hidden)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def _with_what_they_need(names: list[str]) -> set[str]:
+    found: set[str] = set()
+    todo = [Requirement(name) for name in names]
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        extras = ["", *requirement.extras]
+        if name in found or not any(
+            requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+            for extra in extras
+        ):
+            continue
+        found.add(name)
+        todo += [Requirement(line) for line in requires(name) or ()]
+    return found
 
 
 def test_nothing_is_fetched_by_what_runs() -> None:

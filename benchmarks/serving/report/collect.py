@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.serving.report.arithmetic import bound, device_of
 from benchmarks.serving.report.memory import level_memory, sharding
+from benchmarks.serving.report.rows import METRICS, committed_rows
 from benchmarks.serving.run import passes
 from benchmarks.serving.spread import spread_of
 from benchmarks.serving.stats import ratio
@@ -20,15 +21,6 @@ from vllm_attnedit.checkpoint import load_config
 
 if TYPE_CHECKING:
     from benchmarks.serving.run import Benchmark
-
-METRICS: dict[str, tuple[str, str]] = {
-    "output_tokens_per_s": ("tok/s", "value"),
-    "ttft_s": ("s", "p50"),
-    "tpot_s": ("s", "p50"),
-    "itl_s": ("s", "p50"),
-    "latency_s": ("s", "p50"),
-}
-"""What is compared: unit, and the key of the figure (the interval is the median's)."""
 
 
 def collect(benchmark: Benchmark) -> dict[str, Any]:
@@ -55,16 +47,15 @@ def collect(benchmark: Benchmark) -> dict[str, Any]:
         path.stem: json.loads(path.read_text())
         for path in sorted((benchmark.out / "servers").glob("*.json"))
     }
+    origins = _origins(levels, servers, control)
     check = benchmark.out / "crosscheck.json"
     report = {
         "name": options.name,
         "control": control,
         "complete": missing == 0,
         "missing": missing,
-        # That of the measurement, which a report written later must not pass off as its own.
-        "provenance": next(iter(servers.values()))["provenance"]
-        if servers
-        else benchmark.provenance,
+        "provenance": origins[0] if origins else benchmark.provenance,
+        "also_measured_by": origins[1:],
         "options": options.model_dump(mode="json"),
         "servers": servers,
         "drift": _drift(levels, first, control),
@@ -77,7 +68,20 @@ def collect(benchmark: Benchmark) -> dict[str, Any]:
             for path in sorted((benchmark.out / "profiles").glob("*.json"))
         ],
     }
-    return {**report, "arithmetic": arithmetic_rows(report), "rows": _rows(report)}
+    return {**report, "arithmetic": arithmetic_rows(report), "rows": committed_rows(report)}
+
+
+def _origins(
+    levels: list[dict[str, Any]], servers: dict[str, Any], control: str
+) -> list[dict[str, Any]]:
+    """Where the figures come from, the control's first: who carries a benchmark on may do so on
+    another machine or with other code, and a report written later is not the measurement."""
+    noted = [*(one for name, one in servers.items() if name == control), *levels, *servers.values()]
+    origins: dict[str, dict[str, Any]] = {}
+    for origin in (one["provenance"] for one in noted if "provenance" in one):
+        same = json.dumps([origin[key] for key in ("machine", "versions", "commit")])
+        origins.setdefault(same, origin)
+    return list(origins.values())
 
 
 def _ratios(level: dict[str, Any], control: dict[str, Any] | None) -> dict[str, Any]:
@@ -115,8 +119,11 @@ def _drift(
                 },
             }
         )
-    rates = [abs(row["output_tokens_per_s"]) for row in rows if "output_tokens_per_s" in row]
-    return {"rows": rows, "worst": max(rates, default=None)}
+    worst = {
+        name: max((abs(row[name]) for row in rows if name in row), default=None)
+        for name in ("output_tokens_per_s", "ttft_s", "tpot_s")
+    }
+    return {"rows": rows, "worst": worst}
 
 
 def arithmetic_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -152,88 +159,3 @@ def arithmetic_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The committed form: one row a figure, with its ratio to the control."""
-    options, rows = report["options"], []
-    workloads = {workload["name"]: workload for workload in options["workloads"]}
-    for level in report["levels"]:
-        workload = workloads[level["workload"]]
-        lengths = f"{_short(workload['prompt_tokens'])}/{_short(workload['output_tokens'])}"
-        if workload["path"] is not None:
-            lengths = workload["kind"]
-        again = " again" if level["pass"] > 1 else ""
-        spread = f" {level['spread']}" if level["spread"] else ""
-        case = (
-            f"serving {_model(options)} {level['system']}{spread}{again} {workload['load']} "
-            f"C{level['level']:g} {lengths} {level['workload']}"
-        )
-        if "figures" not in level:
-            rows.append({"case": case, "metric": "status", "value": level["status"], "unit": ""})
-            continue
-        shared = {
-            "control": report["control"],
-            "peak_running": level["server"].get("peak_running"),
-            "peak_kv_usage": level["server"].get("peak_kv_usage"),
-            "preemptions": level["server"].get("preemptions"),
-            "status": level["status"],
-        }
-        for name, (unit, key) in METRICS.items():
-            figure, own = level["figures"][name], level["ratios"].get(name, {})
-            rows.append(
-                {
-                    "case": case,
-                    "metric": name if key == "value" else f"median_{name}",
-                    "value": figure[key],
-                    "unit": unit,
-                    "low": figure["low"],
-                    "high": figure["high"],
-                    "ratio": own.get("value"),
-                    "ratio_low": own.get("low"),
-                    "ratio_high": own.get("high"),
-                    **{p: figure[p] for p in ("p90", "p99") if p in figure},
-                    **shared,
-                }
-            )
-        good = level["figures"]["goodput"]
-        rows.append(
-            {"case": case, "metric": "goodput", "value": good["requests_per_s"], "unit": "req/s",
-             "share": good["share"], "ratio": level["ratios"].get("goodput", {}).get("value"),
-             **shared}
-        )  # fmt: skip
-    for row in report["sharding"]:
-        rows.append(
-            {
-                "case": f"serving {_model(options)} {row['system']} {row['spread']} KV by formula",
-                "metric": "kv_bytes_per_token_and_device",
-                "value": row["bytes_per_token"],
-                "unit": "B",
-                "control": "the same model on one device",
-                "ratio": row["share"],
-                "bytes_per_request_on_all_devices": row["bytes_per_request_total"],
-                "length": row["length"],
-            }
-        )
-    for row in report["memory"]:
-        if row["spread"] and row["used_bytes_per_request"] and row["formula_bytes_per_request"]:
-            rows.append(
-                {
-                    "case": f"serving {_model(options)} {row['system']} {row['spread']} "
-                    f"C{row['level']:g} {row['workload']}",
-                    "metric": "kv_bytes_per_running_request_and_device",
-                    "value": row["used_bytes_per_request"],
-                    "unit": "B",
-                    "control": "the formula at the full length",
-                    "ratio": row["used_bytes_per_request"] / row["formula_bytes_per_request"],
-                }
-            )
-    return rows
-
-
-def _model(options: dict[str, Any]) -> str:
-    return options["model"] if isinstance(options["model"], str) else options["name"]
-
-
-def _short(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)

@@ -53,9 +53,13 @@ def _origin(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     devices = report["options"]["server"]["devices"]
     each = f"; {devices} devices for every system" if devices > 1 else ""
+    others = "".join(
+        f"\n\n**Measured in parts**: some levels on {other['machine']}, commit {other['commit']}."
+        for other in report["also_measured_by"]
+    )
     return (
         f"{origin['machine']}{each}; {versions}; commit {origin['commit']}; {origin['date']}; "
-        f"`{origin['command']}`"
+        f"`{origin['command']}`{others}"
     )
 
 

@@ -16,10 +16,11 @@ import httpx
 import numpy as np
 import pytest
 
-from benchmarks.serving.options import Workload
+from benchmarks.serving.generator import Generator
+from benchmarks.serving.plan import Plan
 from benchmarks.serving.records import CUT
 from benchmarks.serving.scraping import read_sample
-from benchmarks.serving.workloads import Plan
+from benchmarks.serving.workload import Workload
 from examples.quickstart.processes import free_port
 from tests.unit.serving.conftest import LOCUSTFILE, RunLoad, StartFake
 
@@ -100,6 +101,46 @@ def test_a_trace_is_replayed_faster(fake: StartFake, load: RunLoad, tmp_path: Pa
     assert (first.prompt_tokens, second.prompt_tokens) == (600, 5)
     assert (first.output_tokens, second.output_tokens) == (3, 4)
     assert abs(second.sent_s - first.sent_s - 0.5) < 0.1
+
+
+def test_a_run_lasts_as_long_as_it_was_told_to(fake: StartFake, load: RunLoad) -> None:
+    """From when everything is loaded, and not since the process began."""
+    server = fake("--ttft", "0.01", "--tpot", "0.01")
+    done = load(server.url, "-u", "2", "-t", "3s", *SHORT)
+    assert done.code == 0, done.output
+    assert 2.5 < max(r.end_s for r in done.records) - min(r.sent_s for r in done.records) < 3.5
+
+
+def test_a_run_without_an_answer_does_not_pass(fake: StartFake, load: RunLoad) -> None:
+    server = fake("--ttft", "30")
+    done = load(server.url, "-u", "2", "-t", "1s", *SHORT)
+    assert done.code == 1
+    assert "no request was answered" in done.output
+
+
+def test_every_run_asks_something_new(fake: StartFake, load: RunLoad) -> None:
+    """Unless a seed is given: the server has the prompts of an earlier run in its cache."""
+    server = fake("--ttft", "0.01", "--tpot", "0.001")
+    seeds = []
+    for arguments in ((), ("--processes", "2"), ("--seed", "7")):
+        done = load(server.url, "-u", "2", "--load", "burst", *arguments, *SHORT)
+        assert sorted(record.number for record in done.whole) == [0, 1], done.output
+        seeds += [line.split()[-1] for line in done.output.splitlines() if "--seed" in line]
+    assert len(set(seeds)) == len(seeds) == 2
+
+
+def test_no_request_is_asked_twice_when_users_come_later() -> None:
+    plan = Plan(Workload(name="w", levels=(2,), turns=3), 32_000, 8192)
+    generators = [Generator(plan, "model", index, 2) for index in range(2)]
+    asked = []
+    for generator in generators:
+        users = [generator.numbers()]
+        asked += [next(users[0]) for _ in range(4)]
+        users.append(generator.numbers())
+        asked += [next(user) for _ in range(5) for user in users]
+        generator.close()
+    assert len(set(asked)) == len(asked)
+    assert asked[:3] == [0, 1, 2]
 
 
 def test_errors_are_errors(fake: StartFake, load: RunLoad, tmp_path: Path) -> None:

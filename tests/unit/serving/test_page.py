@@ -61,7 +61,8 @@ def report() -> dict[str, Any]:
         "missing": 2,
         "provenance": {"machine": "a box", "versions": {"vllm": "0.23.0"}, "commit": "abc",
                        "date": "2026-01-01"},
-        "drift": {"rows": [], "worst": 0.012},
+        "drift": {"rows": [], "worst": {"output_tokens_per_s": 0.012, "ttft_s": 0.2,
+                                        "tpot_s": None}},
         "crosscheck": None,
         "options": {"workloads": [{"name": "chat"}, {"name": "long"}], "server": {"devices": 4}},
         "memory": [

@@ -113,6 +113,24 @@ def test_a_burst_of_which_requests_are_missing_gives_no_figure(
     assert "figures" not in level
 
 
+def test_a_burst_with_a_failed_request_gives_no_figure(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others had the server to themselves."""
+
+    def one_failed(paths: list[Path]) -> Any:
+        records, costs = read_records(paths)
+        records[0].error = "HTTP 500"
+        return records, costs
+
+    monkeypatch.setattr(levels, "read_records", one_failed)
+    benchmark = benchmark_of(config | {"repeat_control": False}, tmp_path, systems=["ours"])
+    benchmark.run()
+    (level,) = levels_of(benchmark)
+    assert (level["status"], level["reason"]) == ("failed", "1 of 4 requests: HTTP 500")
+    assert "figures" not in level
+
+
 def test_a_port_that_is_taken_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

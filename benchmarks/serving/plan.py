@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.serving.options import Workload
 from benchmarks.serving.traces import (
     MOONCAKE_BLOCK,
     Session,
@@ -23,6 +22,7 @@ from benchmarks.serving.traces import (
     read_sessions,
     read_trace,
 )
+from benchmarks.serving.workload import Workload
 from vllm_attnedit.errors import AttnEditError
 
 MARGIN = 1000

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.serving.options import Workload, load_options
+from benchmarks.serving.options import load_options
+from benchmarks.serving.plan import Plan
 from benchmarks.serving.traces import read_sessions, read_trace
-from benchmarks.serving.workloads import Plan
+from benchmarks.serving.workload import Workload
 from vllm_attnedit.errors import AttnEditError
 
 VOCABULARY = 32_000
