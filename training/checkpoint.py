@@ -7,7 +7,7 @@ the number of devices: sharded tensors are gathered, and layers that were shared
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,22 @@ import torch
 from torch import Tensor
 
 from training.config import Config
-from training.files import disk_errors, publish, read_json, temporary_of, write_json
+from training.files import disk_errors, publish, temporary_of, write_json
 from training.optim import moments, restore_moments
 from training.options import flatten
-from training.parallel import Devices, fill, whole
-from training.parts import PartsReader, write_parts
-from training.resuming import check_continuation
+from training.parallel import Devices
+from training.parts import PartsReader, check_indexes, indexes, write_parts
+from training.resuming import (
+    STATE,
+    check_continuation,
+    choose_checkpoint,
+    find_checkpoints,
+    read_state,
+)
+from training.sharded import fill, whole
 from training.stage import Stage
 from vllm_attnedit.errors import AttnEditError
 
-STATE = "state.json"
 GENERATORS = "generator/"
 """Start of the names of random generators' states, which lie beside the weights."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,23 +52,6 @@ class Resumed:
     optimizer_steps: int = 0
     restarted: int | None = None
     path: Path | None = None
-
-
-def find_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself.
-
-    Raises:
-        AttnEditError: if it is no checkpoint.
-    """
-    state = read_json(path / STATE, "checkpoint.resume")
-    if not isinstance(state, dict) or "step" not in state:
-        raise AttnEditError("checkpoint.resume", path, "give the folder of a checkpoint (step-...)")
-    return state
 
 
 class Checkpoints:
@@ -104,20 +93,22 @@ class Checkpoints:
         if final.is_dir():
             return final
         temporary = temporary_of(final)
-        failure: AttnEditError | None = None
-        if self._devices.main:
-            failure = _attempt(final, lambda: _fresh(temporary))
-        self._devices.barrier()
-        # Every process takes part in gathering, whatever became of its disk.
-        steps = step - (resumed.restarted or 0)
-        failure = failure or _attempt(final, lambda: self._write(temporary, stage, optimizer))
-        if not self._devices.any(failure is not None) and self._devices.main:
-            state = self._state(stage, step, steps)
-            failure = _attempt(final, lambda: _finish(temporary, final, state))
-        if self._devices.any(failure is not None):
-            if self._devices.main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise failure or AttnEditError(str(final), "another process failed", "see its message")
+
+        def everywhere(failure: AttnEditError | None) -> None:
+            """What one process cannot do ends it for all of them, at the same place."""
+            if self._devices.any(failure is not None):
+                if self._devices.main:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                missing = AttnEditError(str(final), "another process failed", "see its message")
+                raise failure or missing
+
+        def on_main(action: Callable[[], None]) -> AttnEditError | None:
+            return _attempt(final, action) if self._devices.main else None
+
+        everywhere(on_main(lambda: _fresh(temporary)))
+        everywhere(_attempt(final, lambda: self._write(temporary, stage, optimizer)))
+        state = self._state(stage, step, step - (resumed.restarted or 0))
+        everywhere(on_main(lambda: _finish(temporary, final, state)))
         if self._devices.main:
             for old in find_checkpoints(self.folder)[: -self._config.checkpoint.keep]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -146,9 +137,18 @@ class Checkpoints:
                     if writes:
                         yield f"{name}/{moment}", gathered.to(DTYPES[how.optimizer])
 
-        write_parts(folder, f"weights-{rank}", weights(), limit)
+        tensors = [("weights", weights())]
         if how.optimizer != "none":
-            write_parts(folder, f"optimizer-{rank}", states(), limit)
+            tensors.append(("optimizer", states()))
+        try:
+            for kind, named in tensors:
+                write_parts(folder, f"{kind}-{rank}", named, limit)
+        finally:
+            # Every process takes part in gathering, whatever became of its own disk: the others
+            # would wait for it.
+            for _, named in tensors:
+                for _ in named:
+                    pass
 
     def _state(self, stage: Stage, step: int, optimizer_steps: int) -> dict[str, Any]:
         config = self._config
@@ -168,13 +168,13 @@ class Checkpoints:
         """Restore the newest state, or the one that ``checkpoint.resume`` names.
 
         Raises:
-            AttnEditError: if it belongs to other data or another configuration, or cannot be read.
+            AttnEditError: for what :meth:`choose` refuses, and if it cannot be read.
         """
-        path = self._choose()
+        path = self.choose(stage.name)
         if path is None:
             return Resumed()
         state = read_state(path)
-        check_continuation(state, self._config, stage.name, self._data_hash, self._models)
+        check_indexes(path, state.get("indexes", ()))
         weights, running = PartsReader(path, "weights-"), PartsReader(path, "optimizer-")
         have_moments = next(iter(running), None) is not None
         for name, parameter in stage.trained.items():
@@ -195,21 +195,17 @@ class Checkpoints:
         restarted = step - int(state["optimizer_steps"])
         return Resumed(step, int(state["optimizer_steps"]), restarted or None, path)
 
-    def _choose(self) -> Path | None:
-        requested = self._config.checkpoint.resume
-        own = find_checkpoints(self.folder)
-        if requested == "never":
-            if own:
-                fix = "name another output folder, or set checkpoint.resume: auto"
-                raise AttnEditError("output", f"{self.folder} holds checkpoints", fix)
-            return None
-        if requested == "auto" or own:
-            # Once a run that began elsewhere has saved, its own checkpoints are the newer ones.
-            return own[-1] if own else None
-        path = Path(requested)
-        if not (path / STATE).is_file():
-            fix = "give auto, never or the folder of a checkpoint (with its state.json)"
-            raise AttnEditError("checkpoint.resume", requested, fix)
+    def choose(self, stage: str) -> Path | None:
+        """The checkpoint that a stage goes on from, if there is any.
+
+        Raises:
+            AttnEditError: if it belongs to other data or another configuration, or is not the
+                newest of this run.
+        """
+        path = choose_checkpoint(self.folder, self._config.checkpoint.resume)
+        if path is not None:
+            state = read_state(path)
+            check_continuation(state, self._config, stage, self._data_hash, self._models)
         return path
 
     def _restore_generators(self, generators: PartsReader) -> None:
@@ -222,12 +218,14 @@ class Checkpoints:
 
 
 def _fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    # A process that was killed while it saved left its own, at whichever step that was.
+    for left in folder.parent.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
 def _finish(temporary: Path, final: Path, state: dict[str, Any]) -> None:
-    write_json(temporary / STATE, state)
+    write_json(temporary / STATE, state | {"indexes": indexes(temporary)})
     publish(final)
 
 

@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens, N loss positions, E hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from training.flops import model_cost
 from training.kl import Target, chunked_kl
 from training.models import Trunk, is_attention, layer_of, select_trained
 from training.optim import Group
-from training.parallel import Devices, clip, sync_gradients
+from training.parallel import Devices
 from training.regions import checkpoint_each, compile_each
+from training.sharded import clip, local, sync_gradients
 from training.stage import StepResult
 from training.targets import LayerStates, TeacherTargets, TopKCache
 
@@ -94,8 +95,8 @@ class DistillStage:
     ) -> None:
         stage = config.stage2
         self._devices, self._form, self._stage = devices, form, stage
-        self._student = student
-        select_trained(student.lm, stage.trainable == "all")
+        self._student, self._gather_once = student, not config.run.shard_frozen
+        select_trained(student.lm, stage.trainable == "all", devices.compute_dtype)
         if config.run.compile:
             compile_each([*student.layers, *teacher.layers])
         if config.run.gradient_checkpointing:
@@ -129,7 +130,7 @@ class DistillStage:
         positions = self._devices.sum(counted).clamp(min=1)
         sums = torch.zeros(3, device=device)
         for number, batch in enumerate(batches):
-            sync_gradients(self.module, number == len(batches) - 1)
+            sync_gradients(self.module, number == len(batches) - 1, self._gather_once)
             on_device = batch.to(device)
             masks = build_masks(on_device, self._form, self._window)
             target, states = self._targets(on_device, masks)
@@ -152,16 +153,14 @@ class DistillStage:
 
     @torch.no_grad()
     def blame(self, batches: Sequence[Batch], result: StepResult) -> str:
-        for name, parameter in self.trained.items():
-            if not torch.isfinite(parameter).all():
-                return f"weights of layer {layer_of(name)} ({name})"
-        seen: list[int] = []
+        for name in self._not_finite(self.trained):
+            return f"weights of layer {layer_of(name)} ({name})"
+        seen = torch.zeros(len(self._student.layers), device=self._devices.device)
 
         def watch(layer: int) -> Any:
             def look(_module: Any, _args: Any, output: Any) -> None:
                 hidden = output[0] if isinstance(output, tuple) else output
-                if not torch.isfinite(hidden).all():
-                    seen.append(layer)
+                seen[layer] += (~torch.isfinite(hidden)).any()
 
             return look
 
@@ -178,16 +177,19 @@ class DistillStage:
         finally:
             for hook in hooks:
                 hook.remove()
-        if seen:
-            return f"output of layer {min(seen)}"
+        if self._devices.max(seen).any():
+            return f"output of layer {int(seen.nonzero()[0])}"
         # Backward runs from the last layer: the one nearest the loss is where it began.
-        bad = [
-            layer_of(name)
-            for name, p in self.trained.items()
-            if p.grad is not None and not torch.isfinite(p.grad).all()
-        ]
+        gradients = {n: p if p.grad is None else p.grad for n, p in self.trained.items()}
+        bad = [layer_of(name) for name in self._not_finite(gradients)]
         layers = [layer for layer in bad if layer is not None]
         return f"gradient of layer {max(layers)}" if layers else "the loss itself"
+
+    def _not_finite(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Names of what is not finite on some process: each holds a part, all must agree."""
+        bad = [(~torch.isfinite(local(tensor))).any() for tensor in tensors.values()]
+        flags = self._devices.max(torch.stack(bad).float())
+        return [name for name, flag in zip(tensors, flags.tolist()) if flag]
 
     def flops(self, batches: Sequence[Batch]) -> float:
         tokens = sum(batch.tokens for batch in batches)

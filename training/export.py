@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from training.checkpoint import GENERATORS, find_checkpoints, read_state
+from training.checkpoint import GENERATORS
 from training.config import Config
-from training.files import atomic_folder, disk_errors, write_json
+from training.files import atomic_folder, check_replaceable, disk_errors, write_json
 from training.models import student_config, student_folder
 from training.parts import PartsReader
+from training.resuming import find_checkpoints, read_state
 from vllm_attnedit.config import AttnEditConfig
 from vllm_attnedit.edit import save_edit
 from vllm_attnedit.edit.store import SafetensorsStore
@@ -23,6 +24,8 @@ from vllm_attnedit.errors import AttnEditError
 
 MODEL_FOLDER = "model"
 EDIT_FILE = "edit.safetensors"
+TRAINING = "training.json"
+"""In an exported model: the state of the checkpoint that it was made of."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,10 @@ def check_export(config: Config, stage: str) -> None:
     """Refuse, before anything is trained, what could not be exported.
 
     Raises:
-        AttnEditError: if an edit alone is wanted of a run that trains more than attention.
+        AttnEditError: if an edit alone is wanted of a run that trains more than attention, or the
+            result would take the place of teacher, student or somebody else's folder.
     """
+    _check_place(config)
     if (
         stage == "stage2"
         and config.stage2.trainable == "all"
@@ -114,6 +119,17 @@ def check_export(config: Config, stage: str) -> None:
     ):
         fix = "set it to checkpoint: an edit alone holds attention, and stage2.trainable is all"
         raise AttnEditError("checkpoint.export", config.checkpoint.export, fix)
+
+
+def _check_place(config: Config) -> None:
+    if config.checkpoint.export == "none":
+        return
+    model = Path(config.output) / MODEL_FOLDER
+    for field, source in (("teacher", config.teacher), ("student", config.student)):
+        if source is not None and Path(source).resolve() == model.resolve():
+            fix = f"name another: the result would take the place of the {field}, {source}"
+            raise AttnEditError("output", config.output, fix)
+    check_replaceable(model, TRAINING)
 
 
 def write_model(config: Config, checkpoint: Path, out: Path) -> None:
@@ -132,7 +148,7 @@ def write_model(config: Config, checkpoint: Path, out: Path) -> None:
             raise AttnEditError("student", f"{base} without {name}", fix)
     edited = student_config(config.student)
     edited.provenance = merge_provenance(edited, state)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, TRAINING) as folder:
         shards = _plan(store)
         for file, shard in zip(shard_names(len(shards)), shards):
             writer = ShardWriter(folder / file, shard)
@@ -148,7 +164,7 @@ def write_model(config: Config, checkpoint: Path, out: Path) -> None:
         write_index(folder, shards)
         copy_aux_files(base, folder)
         edited.save_pretrained(folder)
-        write_json(folder / "training.json", state)
+        write_json(folder / TRAINING, state)
     store.close()
 
 

@@ -79,13 +79,33 @@ def _system_error(error: SafetensorError) -> int | None:
     return int(found[1]) if found else None
 
 
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder`` when the block ends well, and vanishes otherwise.
+def check_replaceable(folder: Path, marker: str) -> None:
+    """Refuse to put a folder in the place of one that was not made here.
+
+    Args:
+        folder: that is to be made.
+        marker: a file that every folder of its kind has.
 
     Raises:
-        AttnEditError: for a full disk, or one that cannot be written.
+        AttnEditError: if it exists, is not empty and has no such file.
     """
+    if folder.is_dir() and not (folder / marker).exists() and any(folder.iterdir()):
+        fix = f"name a new or an empty folder: this one holds other files, and no {marker}"
+        raise AttnEditError("folder", folder, fix)
+
+
+@contextmanager
+def atomic_folder(folder: Path, marker: str) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` when the block ends well, and vanishes otherwise.
+
+    Args:
+        folder: to make, or to make anew.
+        marker: a file that the block writes and by which a folder of its kind is known.
+
+    Raises:
+        AttnEditError: for a full disk, one that cannot be written, or a folder of somebody else.
+    """
+    check_replaceable(folder, marker)
     temporary = temporary_of(folder)
     with disk_errors(folder):
         try:

@@ -7,6 +7,7 @@ that see each other, exactly, from the documents of the batch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -34,10 +35,8 @@ PEAK_TFLOPS = {
 
 def peak_tflops(device_name: str) -> float | None:
     """bf16 peak of a device by its name, if known."""
-    for name, peak in PEAK_TFLOPS.items():
-        if name in device_name:
-            return peak
-    return None
+    found = (peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name))
+    return next(found, None)
 
 
 def visible_pairs(batches: Sequence[Batch], window: int | None) -> float:

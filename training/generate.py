@@ -6,10 +6,15 @@ engine's memory is free again when the process ends.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,9 @@ from training.files import disk_errors
 from training.models import load_tokenizer
 from training.progress import say
 from vllm_attnedit.errors import AttnEditError
+
+_GRACE_S = 20.0
+"""What vLLM gets to end by itself."""
 
 
 def texts_path(config: Config) -> Path:
@@ -79,20 +87,49 @@ def write_texts(config: Config) -> Path:
     Raises:
         AttnEditError: if vLLM is missing, or fails.
     """
-    settings, path = config.generate, texts_path(config)
+    path = texts_path(config)
     if find_spec("vllm") is None:
         raise AttnEditError(
             "generate", "vLLM is not installed", "install vllm, which samples the texts"
         )
     tokenizer = load_tokenizer(config.teacher)
     prompts = beginnings(config, tokenizer)
+    with _locked(path) as lock:
+        done = written(path)
+        if done >= len(prompts):
+            say(f"{path}: {done:,} texts are there already")
+            return path
+        _run_sampler(_request(config, tokenizer, prompts, done, path), lock)
+    say(f"{path}: {written(path):,} texts")
+    return path
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """Opens the texts' file for one writer, the sampler included: it inherits the descriptor, and
+    may outlive this process.
+
+    Raises:
+        AttnEditError: if another one has it.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        done = written(path)
-    if done >= len(prompts):
-        say(f"{path}: {done:,} texts are there already")
-        return path
-    request = {
+        file = path.open("ab")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            fix = "wait for the other process that writes there, or end it"
+            raise AttnEditError("generate.path", path, fix) from error
+        yield file.fileno()
+
+
+def _request(
+    config: Config, tokenizer: Any, prompts: list[list[int]], done: int, path: Path
+) -> dict[str, Any]:
+    """What the sampler is to do; the first ``done`` texts are there."""
+    settings = config.generate
+    return {
         "model": str(Path(config.teacher).resolve())
         if Path(config.teacher).exists()
         else config.teacher,
@@ -108,18 +145,34 @@ def write_texts(config: Config) -> Path:
         "batch": settings.batch,
         "out": str(path.resolve()),
     }
-    _run_sampler(request)
-    say(f"{path}: {written(path):,} texts")
-    return path
 
 
-def _run_sampler(request: dict[str, Any]) -> None:
+def _run_sampler(request: dict[str, Any], lock: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "request.json"
         file.write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-m", "training.sampler", str(file)]
         root = Path(__file__).resolve().parents[1]
-        code = subprocess.run(command, cwd=root, check=False).returncode
+        code = _run_in_a_group(command, root, lock)
     if code:
         fix = "see vLLM's message above; generate.vllm passes arguments such as max_model_len to it"
         raise AttnEditError("generate", f"vLLM ended with status {code}", fix)
+
+
+def _run_in_a_group(command: list[str], folder: Path, lock: int) -> int:
+    """Run a command that starts processes of its own; none outlives this call, SIGTERM included."""
+
+    def stop(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    process = subprocess.Popen(command, cwd=folder, pass_fds=(lock,), start_new_session=True)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for ending in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, ending)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_S)

@@ -8,7 +8,7 @@ away: no weight changes, only masks.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def choose_full_layers(
         AttnEditError: if there is no calibration text, or more layers are asked for than there are.
     """
     settings = config.choose
-    devices = Devices(config.run, config.seed)
+    devices = Devices(replace(config.run, sharding="none"), config.seed)
     ids = read_windows(
         settings.text,
         "choose.text",

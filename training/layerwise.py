@@ -23,8 +23,9 @@ from training.data.batches import Batch
 from training.flops import model_cost
 from training.models import Trunk
 from training.optim import Group
-from training.parallel import Devices, clip
+from training.parallel import Devices
 from training.regions import compile_each, compile_function, teacher_parts
+from training.sharded import clip
 from training.stage import StepResult
 from vllm_attnedit.config import LATENT, SLIDING, AttnEditConfig
 from vllm_attnedit.edit.store import TensorStore

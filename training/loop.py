@@ -74,6 +74,8 @@ class Loop:
         stream: its batches.
         checkpoints: where its state goes.
         say: prints a line.
+        began: when the run began, by :func:`time.monotonic`; by default now. ``run.minutes`` count
+            from there, with the time that models and data took.
     """
 
     def __init__(
@@ -84,13 +86,15 @@ class Loop:
         stream: BatchStream,
         checkpoints: Checkpoints,
         say: Callable[[str], None],
+        began: float | None = None,
     ) -> None:
         self._stage, self._config, self._devices = stage, config, devices
         self._stream, self._checkpoints, self._say = stream, checkpoints, say
         self._folder = Path(config.output)
         self._optimizer = build_optimizer(stage.groups, config.optim, devices.device)
         self._resumed = Resumed()
-        self._saved_at = self._began = time.monotonic()
+        self._saved_at = time.monotonic()
+        self._began = self._saved_at if began is None else began
 
     def run(self) -> Outcome:
         """Train to the end, or until SIGTERM or the time limit.
@@ -109,6 +113,8 @@ class Loop:
         schedule = make_schedule(self._config.optim, steps, self._resumed.restarted)
         if self._resumed.path is not None:
             self._say(f"resumed from {self._resumed.path}: {first} of {steps} steps are done")
+            if self._resumed.restarted == first > 0:
+                self._say("AdamW's moments were not kept: the learning rate rises anew")
         progress = self._start_progress(first, steps)
         traced = self._config.log.profile if self._devices.main else None
         trace = StepTrace(self._folder, traced, first, self._devices.device)
@@ -133,7 +139,7 @@ class Loop:
                         self._save(step)
                         if progress is not None:
                             progress.skip(time.monotonic() - began)
-            path = self._save(step)
+                path = self._save(step)
         finally:
             trace.close()
             if progress is not None:

@@ -226,12 +226,15 @@ def layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def select_trained(model: nn.Module, everything: bool) -> dict[str, nn.Parameter]:
+def select_trained(
+    model: nn.Module, everything: bool, dtype: torch.dtype
+) -> dict[str, nn.Parameter]:
     """Mark what trains, as float32 master weights; returns it by name.
 
     Args:
         model: a frozen student.
         everything: all tensors, or those of attention alone.
+        dtype: of the frozen rest.
     """
     trained = {}
     for name, parameter in model.named_parameters():
@@ -239,4 +242,6 @@ def select_trained(model: nn.Module, everything: bool) -> dict[str, nn.Parameter
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
             trained[name] = parameter
+        else:
+            parameter.data = parameter.data.to(dtype)
     return trained

@@ -32,8 +32,8 @@ def check_models(config: Config) -> tuple[AttnEditConfig, dict[str, Any]]:
     """The student's configuration, once it is known to fit the teacher, and what both are.
 
     Returns:
-        The configuration; and, for checkpoints, ``teacher`` (a fingerprint of its weights) and
-        ``edit`` (the student's).
+        The configuration; and, for checkpoints, ``teacher`` (a fingerprint of all that an edit
+        leaves alone), ``teacher_weights`` (of attention as well) and ``edit`` (the student's).
 
     Raises:
         AttnEditError: for a student of another architecture or of another teacher's weights, and
@@ -43,12 +43,14 @@ def check_models(config: Config) -> tuple[AttnEditConfig, dict[str, Any]]:
     with teacher_source(config.teacher) as opened:
         teacher = unedited_config(opened.config)
         _check_architecture(teacher, student)
-        weights = _check_weights(opened, config, student)
+        rest = _check_weights(opened, config, student)
+        weights = fingerprint(opened.store, list(teacher_tensors(opened.config)), attention=True)
     longest = int(teacher.max_position_embeddings)
     if config.data.sequence_length > longest:
         fix = f"give at most {longest}, the teacher's longest context"
         raise AttnEditError("data.sequence_length", config.data.sequence_length, fix)
-    return student, {"teacher": weights, "edit": student.edit.to_dict()}
+    models = {"teacher": rest, "teacher_weights": weights, "edit": student.edit.to_dict()}
+    return student, models
 
 
 def check_tokenizers(config: Config) -> Any:

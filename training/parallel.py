@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,10 +16,11 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from training.config import RunConfig
+from training.sharded import buckets
 from vllm_attnedit.errors import AttnEditError
 
 Result = TypeVar("Result")
@@ -52,6 +54,10 @@ class Devices:
         if self.sharded and self.ranks == 1 and not dist.is_initialized():
             fix = "start it with `accelerate launch` or `torchrun`, or set run.sharding: none"
             raise AttnEditError("run.sharding", run.sharding, fix)
+        # The main process may tokenise or export for hours; a device's collectives give up earlier.
+        self._patient: dist.ProcessGroup | None = None
+        if self.ranks > 1:
+            self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
         set_seed(seed)
 
     @property
@@ -103,12 +109,29 @@ class Devices:
             torch.use_deterministic_algorithms(True, warn_only=True)
 
     def barrier(self) -> None:
-        self.state.wait_for_everyone()
+        """Wait for all processes, for as long as it takes."""
+        if self._patient is not None:
+            dist.barrier(self._patient)
 
     def main_first(self, make: Callable[[], Result]) -> Result:
-        """Call ``make`` on the main process, then on the others, which find its work done."""
-        with self.state.main_process_first():
-            return make()
+        """Call ``make`` on the main process, then on the others, which find its work done.
+
+        Raises:
+            AttnEditError: on the others, if it failed on the main process.
+        """
+        failed = torch.zeros(())
+        try:
+            if self.main:
+                made = make()
+        except BaseException:
+            failed += 1
+            raise
+        finally:
+            if self._patient is not None:
+                dist.all_reduce(failed, group=self._patient)
+        if failed:
+            raise AttnEditError("the main process", "failed", "see its message")
+        return made if self.main else make()
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the processes, in place."""
@@ -134,7 +157,7 @@ class Devices:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
         local = [g for g in gradients if not isinstance(g, DTensor)]
-        for bucket in _buckets(local):
+        for bucket in buckets(local):
             flat = torch.cat([g.flatten() for g in bucket])
             dist.all_reduce(flat)
             flat /= self.ranks
@@ -173,67 +196,3 @@ class Devices:
                 fully_shard(layer, **options)
         fully_shard(root, **options)
         return root
-
-
-def _buckets(tensors: list[Tensor], limit: int = 1 << 25) -> Iterable[list[Tensor]]:
-    """Groups of up to ``limit`` elements, each reduced at once."""
-    bucket: list[Tensor] = []
-    held = 0
-    for tensor in tensors:
-        if bucket and held + tensor.numel() > limit:
-            yield bucket
-            bucket, held = [], 0
-        bucket.append(tensor)
-        held += tensor.numel()
-    if bucket:
-        yield bucket
-
-
-def sync_gradients(module: nn.Module, enabled: bool) -> None:
-    """Whether the next backward reduces a sharded model's gradients; off while accumulating."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(enabled)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a shard, on every process; a plain tensor as it is."""
-    detached = tensor.detach()
-    return detached.full_tensor() if isinstance(detached, DTensor) else detached
-
-
-@torch.no_grad()
-def fill(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded."""
-    if isinstance(target, DTensor):
-        value = value.to(target.device, target.dtype)
-        target.copy_(distribute_tensor(value, target.device_mesh, target.placements))
-    else:
-        target.copy_(value)
-
-
-@torch.no_grad()
-def clip(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
-    """Scale gradients to a norm of at most ``limit`` (0: leave them); returns the norm before.
-
-    Squares are summed in float64 where the device has it. So the norm, which every gradient of
-    every later step depends on, is the same however many devices the gradients are sharded over.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros(())
-    device = gradients[0].device
-    precise = torch.float32 if device.type == "npu" else torch.float64
-    # Whole gradients are the same on every process; of sharded ones each has its part.
-    sharded = [g for g in gradients if isinstance(g, DTensor)]
-    held = [g.to_local() for g in sharded]
-    held += [g for g in gradients if not isinstance(g, DTensor)]
-    # All at once: a kernel for each of some hundred gradients keeps the device waiting.
-    squares = torch.stack(torch._foreach_norm(held, dtype=precise)).square()
-    parts = torch.stack([squares[: len(sharded)].sum(), squares[len(sharded) :].sum()])
-    if sharded:
-        dist.all_reduce(parts[0], group=sharded[0].device_mesh.get_group())
-    norm = parts.sum().sqrt()
-    if limit > 0:
-        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(held, factor.to(held[0].dtype))
-    return norm.float()

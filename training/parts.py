@@ -73,6 +73,23 @@ def write_parts(
     write_json(folder / index_name(writer), index)
 
 
+def indexes(folder: Path) -> list[str]:
+    """File names of the indexes in a folder, one for each writer."""
+    return sorted(file.name for file in folder.glob(index_name("*")))
+
+
+def check_indexes(folder: Path, expected: Iterable[str]) -> None:
+    """Refuse a folder that was not copied as a whole: what an index names would go unnoticed.
+
+    Raises:
+        AttnEditError: naming the first one that is missing.
+    """
+    for name in expected:
+        if not (folder / name).is_file():
+            fix = "copy it again, or resume from an older checkpoint"
+            raise AttnEditError(str(folder / name), "missing", fix)
+
+
 class PartsReader:
     """Tensors of a folder of parts, by name.
 
@@ -81,7 +98,8 @@ class PartsReader:
         writers: whose tensors are wanted: the start of their names.
 
     Raises:
-        AttnEditError: if an index is missing, or a file is missing or damaged.
+        AttnEditError: if a file that an index names is missing or damaged. Which indexes there must
+            be is for :func:`check_indexes`.
     """
 
     def __init__(self, folder: Path, writers: str = "") -> None:

@@ -71,3 +71,5 @@ def _check(kind: str, name: str, value: Any) -> None:
         raise AttnEditError(name, value, "give a number from 0 to below 1")
     if kind in _NOT_NEGATIVE and value < 0:
         raise AttnEditError(name, value, "give 0 or more")
+    if kind == "seed" and value >= 1 << 32:
+        raise AttnEditError(name, value, f"give at most {(1 << 32) - 1}")

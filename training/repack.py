@@ -11,10 +11,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from training.checkpoint import DTYPES, GENERATORS, STATE, read_state
+from training.checkpoint import DTYPES, GENERATORS
 from training.config import Config
 from training.files import atomic_folder, write_json
-from training.parts import PartsReader, write_parts
+from training.parts import PartsReader, indexes, write_parts
+from training.resuming import STATE, read_state
 
 PACKED_FOLDER = "packed"
 
@@ -37,10 +38,10 @@ def repack(config: Config, checkpoint: Path) -> Path:
             yield name, tensor if name.startswith(GENERATORS) else tensor.to(DTYPES[how.weights])
 
     out = Path(config.output) / PACKED_FOLDER
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, STATE) as folder:
         write_parts(folder, "weights-0", rounded(), limit)
         if how.optimizer != "none":
             kept = ((name, moments.load(name).to(DTYPES[how.optimizer])) for name in moments)
             write_parts(folder, "optimizer-0", kept, limit)
-        write_json(folder / STATE, state)
+        write_json(folder / STATE, state | {"indexes": indexes(folder)})
     return out

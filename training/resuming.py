@@ -1,12 +1,17 @@
-"""What may change between two parts of a run, and what may not."""
+"""Where a run goes on, and what may change between two parts of it and what may not."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from training.config import Config
+from training.files import read_json
 from training.options import flatten
 from vllm_attnedit.errors import AttnEditError
+
+STATE = "state.json"
+"""In a checkpoint: what it says of itself."""
 
 # Where things are and how they are computed may change between two parts of a run; what is computed
 # may not. Data and teacher are compared by what they hold, the student by its edit.
@@ -17,6 +22,55 @@ FREE = (
     "checkpoint.", "log.", "generate.", "evaluate.", "choose.",
 )  # fmt: skip
 _OF_STAGE = {"stage1": "stage2.", "stage2": "stage1."}
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        AttnEditError: if it is no checkpoint.
+    """
+    state = read_json(path / STATE, "checkpoint.resume")
+    if not isinstance(state, dict) or "step" not in state:
+        raise AttnEditError("checkpoint.resume", path, "give the folder of a checkpoint (step-...)")
+    return state
+
+
+def choose_checkpoint(folder: Path, requested: str) -> Path | None:
+    """The checkpoint that a run goes on from.
+
+    Args:
+        folder: of the run's own checkpoints.
+        requested: ``checkpoint.resume``: ``auto``, ``never`` or the folder of a checkpoint.
+
+    Returns:
+        ``None`` for a fresh start.
+
+    Raises:
+        AttnEditError: if there is no such checkpoint, or it is not the newest of this run.
+    """
+    own = find_checkpoints(folder)
+    if requested == "never":
+        if own:
+            fix = "name another output folder, or set checkpoint.resume: auto"
+            raise AttnEditError("output", f"{folder} holds checkpoints", fix)
+        return None
+    path = Path(requested)
+    if path.resolve() in [older.resolve() for older in own[:-1]]:
+        fix = f"remove the newer ones, {own[-1]} last, or name another output folder"
+        raise AttnEditError("checkpoint.resume", requested, fix)
+    if requested == "auto" or own:
+        # Once a run that began elsewhere has saved, its own checkpoints are the newer ones.
+        return own[-1] if own else None
+    if not (path / STATE).is_file():
+        fix = "give auto, never or the folder of a checkpoint (with its state.json)"
+        raise AttnEditError("checkpoint.resume", requested, fix)
+    return path
 
 
 def check_continuation(
@@ -54,9 +108,10 @@ def check_continuation(
 
 
 def _check_models(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
-    if before.get("teacher") != now.get("teacher", before.get("teacher")):
-        fix = "the run began with a teacher of other weights: go on with that one"
-        raise AttnEditError("teacher", config.teacher, fix)
+    for what in ("teacher", "teacher_weights"):
+        if before.keys() & now.keys() & {what} and before[what] != now[what]:
+            fix = "the run began with a teacher of other weights: go on with that one"
+            raise AttnEditError("teacher", config.teacher, fix)
     edit, changed = before.get("edit"), now.get("edit")
     if not edit or not changed or edit == changed:
         return

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from training import attention
 from training.checkpoint import Checkpoints
@@ -43,6 +46,7 @@ def train(config: Config, stage_name: str) -> Outcome:
     Raises:
         AttnEditError: for everything a user can mend.
     """
+    began = time.monotonic()
     check_export(config, stage_name)
     _check_cache(config, stage_name)
     devices = Devices(config.run, config.seed)
@@ -68,7 +72,10 @@ def train(config: Config, stage_name: str) -> Outcome:
     data = PackedSequences(reader, config.data.sequence_length, config.seed, config.optim.batch)
     say(f"data: {reader.tokens:,} tokens, {data.per_pass:,} sequences a pass")
 
-    stage = _make_stage(config, stage_name, student, models["teacher"], devices, reader)
+    about = provenance(config, devices, reader)
+    checkpoints = Checkpoints(config, devices, reader.hash, about, models)
+    checkpoints.choose(stage_name)  # refuses before models are loaded
+    stage = _make_stage(config, stage_name, student, models["teacher_weights"], devices, reader)
     trained = sum(parameter.numel() for parameter in stage.trained.values())
     say(f"{stage_name} on {devices.ranks} x {devices.device}: {trained:,} trained parameters")
     stream = BatchStream(
@@ -81,9 +88,7 @@ def train(config: Config, stage_name: str) -> Outcome:
         chunk=config.stage2.chunk_tokens if stage_name == "stage2" else 1,
         pin=devices.device.type == "cuda",
     )
-    about = provenance(config, devices, reader)
-    checkpoints = Checkpoints(config, devices, reader.hash, about, models)
-    outcome = Loop(stage, config, devices, stream, checkpoints, say).run()
+    outcome = Loop(stage, config, devices, stream, checkpoints, say, began).run()
     if not outcome.finished:
         say(
             f"stopped after step {outcome.step}; the same command resumes from {outcome.checkpoint}"
@@ -123,6 +128,9 @@ def _check_cache(config: Config, stage: str) -> None:
     if stage == "stage2" and config.stage2.cache and config.stage2.top_k is None:
         fix = "set stage2.top_k: only the likeliest tokens are kept on disk"
         raise AttnEditError("stage2.cache", config.stage2.cache, fix)
+    if stage == "stage2" and config.stage2.cache and config.stage2.cosine_weight:
+        fix = "leave it out: the cosine term needs the teacher's hidden states, which are not kept"
+        raise AttnEditError("stage2.cache", config.stage2.cache, fix)
 
 
 def _make_stage(
@@ -142,7 +150,12 @@ def _make_stage(
         devices.shard(teacher, teacher.layers)
         store = SafetensorsStore(folder)
         return LayerwiseStage(teacher, student, store, config, devices, form)
-    model = load_student(str(folder), dtype=devices.compute_dtype, attention=packed)
+    # Weights that are stored in float32 must not be rounded on their way to float32 masters.
+    store = SafetensorsStore(folder)
+    stored = {info.dtype for info in store.tensors.values()}
+    store.close()
+    wide = torch.float32 if torch.float32 in stored else devices.compute_dtype
+    model = load_student(str(folder), dtype=wide, attention=packed)
     cache = None
     if config.stage2.cache:
         identity = {
@@ -151,6 +164,8 @@ def _make_stage(
             "order": config.seed,
             "length": config.data.sequence_length,
             "k": config.stage2.top_k,
+            "precision": config.run.precision,
+            "fp32_logits": config.stage2.fp32_logits,
         }
         cache_folder = Path(config.stage2.cache)
         cache = devices.main_first(lambda: TopKCache(cache_folder, identity))

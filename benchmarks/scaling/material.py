@@ -54,7 +54,7 @@ def make_material(
     teacher = folder / f"{name}-{fields['num_hidden_layers']}"
     student = folder / f"{teacher.name}-{target}"
     if not (teacher / "config.json").is_file():
-        with atomic_folder(teacher) as made:
+        with atomic_folder(teacher, "config.json") as made:
             _write_teacher(fields, made)
     if not (student / "config.json").is_file():
         edit_checkpoint(teacher, student, EditPlan(target=target))
@@ -64,7 +64,7 @@ def make_material(
             file.unlink()
     shards = folder / f"text-{fields['vocab_size']}-{length}-{tokens}"
     if not (shards / MANIFEST).is_file():
-        with atomic_folder(shards) as made:
+        with atomic_folder(shards, MANIFEST) as made:
             write_text(made, AutoTokenizer.from_pretrained(teacher), length, tokens)
     data = {"shards": str(shards), "sequence_length": length}
     return {"teacher": str(teacher), "student": str(student), "data": data}

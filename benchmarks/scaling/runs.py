@@ -20,9 +20,9 @@ import yaml
 from benchmarks.names import check_known
 from benchmarks.provenance import ROOT
 from examples.quickstart.processes import CommandFailed, free_port, run
-from training.checkpoint import STATE
 from training.config import Config
 from training.progress import SPEED
+from training.resuming import STATE
 from vllm_attnedit.errors import AttnEditError
 
 __all__ = ["RUNS", "CommandFailed", "Run", "Scaling", "run_all"]

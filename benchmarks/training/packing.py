@@ -42,7 +42,7 @@ def pack(teacher: str, model: Path, out: Path, limit: int) -> None:
             small = Path(scratch) / "compact.safetensors"
             compact_edit(teacher, file, small)
             file = small
-        with atomic_folder(out) as folder:
+        with atomic_folder(out, MANIFEST) as folder:
             pieces = _cut(file, folder, limit)
             about = {"bytes": file.stat().st_size, "sha256": sha256_of(file), "pieces": pieces}
             write_json(folder / MANIFEST, {"compact": compact, **about})

@@ -12,9 +12,9 @@ from benchmarks.training.options import Run
 from benchmarks.training.packing import MANIFEST
 from benchmarks.training.stages import check_same, read_result, record, stage_of
 from benchmarks.training.task import Task
-from training.checkpoint import STATE, find_checkpoints
 from training.files import atomic_folder, read_json
 from training.repack import PACKED_FOLDER
+from training.resuming import STATE, find_checkpoints
 
 STATE_FOLDER = "state"
 """Of what a stopped run packs."""
@@ -72,7 +72,7 @@ def stage_task(models: Models, run: Run, stage: str, needs: tuple[str, ...]) -> 
 
     def carried() -> None:
         packed = layout.stage(run.name, stage) / PACKED_FOLDER
-        with atomic_folder(state) as folder:
+        with atomic_folder(state, STATE) as folder:
             shutil.copytree(packed, folder, dirs_exist_ok=True)
 
     name = task_name(run.name, stage)

@@ -7,14 +7,13 @@ from typing import Any
 
 from benchmarks.trace import TRAINING, read_trace_events, shares
 from benchmarks.training.layout import Layout
-from training.checkpoint import find_checkpoints, read_state
 from training.config import Config
 from training.files import read_json, write_json
 from training.loop import total_steps
 from training.models import student_config
 from training.options import flatten
 from training.progress import SPEED, read_metrics
-from training.resuming import check_continuation
+from training.resuming import check_continuation, find_checkpoints, read_state
 from training.tracing import TRACE
 from vllm_attnedit.accounting import kv_bytes_per_token
 from vllm_attnedit.config import SLIDING

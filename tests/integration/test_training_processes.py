@@ -13,9 +13,9 @@ import torch
 from examples.quickstart.processes import free_port
 from tests.unit.training.small import make_pair, write_text
 from tests.unit.training.test_cli import write_config
-from training.checkpoint import find_checkpoints
 from training.parts import PartsReader
 from training.progress import read_metrics
+from training.resuming import find_checkpoints
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
@@ -109,6 +109,42 @@ def test_a_cache_that_one_process_lacks(tmp_path, material):
     (tmp_path / "cache" / "000000" / "000000001.safetensors").unlink()
     launch(2, *common, "--output", str(tmp_path / "second"))
     assert curve(tmp_path / "second") == curve(tmp_path / "first")
+
+
+def test_a_full_disk_ends_every_process(tmp_path, material):
+    """One that could not write must not leave the others waiting for its part of the weights."""
+    config = write_config(tmp_path / "c.yaml", tmp_path / "unused", *material)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), "-m", "training", "stage2", str(config), *FSDP2]
+    command += ["--optim.micro_batch", "1", "--output", str(tmp_path / "run")]
+    full = ["bash", "-c", 'ulimit -f 256; exec "$@"', "bash", *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(
+        full, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=120, check=False
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "free space and start again" in said
+    assert "another process failed" in said
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_all_processes_blame_the_same(tmp_path, material):
+    """Each holds a part of every weight, and a NaN may lie in one part alone."""
+    config = write_config(tmp_path / "c.yaml", tmp_path / "unused", *material)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), "-m", "training", "stage2", str(config), *FSDP2]
+    command += ["--optim.micro_batch", "1", "--stage2.lr", "1e30", "--optim.warmup", "0"]
+    command += ["--output", str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=120, check=False
+    )
+    lines = [line for line in done.stderr.splitlines() if "not finite at step" in line]
+    assert done.returncode != 0
+    assert len(lines) == 2, done.stderr
+    assert len(set(lines)) == 1
+    assert "layer" in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 
 from tests.unit.training.small import make_pair, write_text
 from tests.unit.training.test_cli import write_config
-from training.checkpoint import find_checkpoints
 from training.progress import read_metrics
+from training.resuming import find_checkpoints
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]

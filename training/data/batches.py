@@ -129,7 +129,7 @@ def _loss_positions(counts: np.ndarray, chunk: int) -> tuple[np.ndarray | None, 
     used, unused = np.flatnonzero(counts), np.flatnonzero(~counts)
     if len(used) >= _NEARLY_ALL * len(counts):
         return None, counts.astype(np.float32)
-    fill = min(-max(len(used), 1) % chunk, len(unused))
+    fill = min(chunk if not len(used) else -len(used) % chunk, len(unused))
     weight = np.zeros(len(used) + fill, dtype=np.float32)
     weight[: len(used)] = 1
     return np.concatenate([used, unused[:fill]]), weight

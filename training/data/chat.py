@@ -75,7 +75,7 @@ def tokenize_chat(
     Args:
         tokenizer: a fast tokenizer with a chat template.
         messages: as :func:`read_messages` returns them, with at least one answer.
-        where: how messages name the source.
+        where: how messages name the conversation.
 
     Returns:
         ids (T,) int64 and flags (T,) bool.
@@ -106,9 +106,11 @@ def tokenize_chat(
     for start, end in spans:
         inside = (offsets[:, 1] > start) & (offsets[:, 0] < end)
         answers |= inside
-        after = int(np.searchsorted(offsets[:, 0], end))
+        # Space that the answer or the template has before the end of the turn belongs to it.
+        stop = len(text) - len(text[end:].lstrip())
+        behind, after = (int(i) for i in np.searchsorted(offsets[:, 0], (end, stop)))
         if after < len(ids) and special[after]:
-            answers[after] = True
+            answers[behind : after + 1] = True
     return ids, answers
 
 

@@ -73,7 +73,7 @@ def _write(
 ) -> None:
     with_answers = any(source.kind in ("chat", "hub") for source in sources)
     counts = []
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, MANIFEST) as temporary:
         writer = ShardWriter(temporary, len(tokenizer), with_answers)
         for number, source in enumerate(sources):
             field = f"data.sources.{number}"
@@ -107,9 +107,9 @@ def _documents(
         texts.clear()
 
     held = 0
-    for item in read_source(source, field):
+    for where, item in read_source(source, field):
         if isinstance(item, list):
-            yield tokenize_chat(tokenizer, item, field)
+            yield tokenize_chat(tokenizer, item, where)
         elif item.strip():
             texts.append(item)
             held += len(item)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -45,7 +45,11 @@ def source_files(source: SourceConfig, field: str) -> list[Path]:
 
 def describe_source(source: SourceConfig, field: str) -> dict[str, Any]:
     """What identifies a source's content: its settings, and the hash of each file."""
-    files = {file.name: sha256_of(file) for file in source_files(source, field)}
+    base = Path(source.path)
+    files = {
+        file.relative_to(base).as_posix() if base.is_dir() else file.name: sha256_of(file)
+        for file in source_files(source, field)
+    }
     settings = {k: v for k, v in asdict(source).items() if v is not None}
     # Where the files lie says nothing about what they hold.
     if files:
@@ -53,8 +57,10 @@ def describe_source(source: SourceConfig, field: str) -> dict[str, Any]:
     return settings | {"files": files}
 
 
-def read_source(source: SourceConfig, field: str) -> Iterator[Item]:
-    """The documents of a source, in a fixed order.
+def read_source(source: SourceConfig, field: str) -> Iterator[tuple[str, Item]]:
+    """The documents of a source, in a fixed order, each with how messages name it.
+
+    Records without text, and conversations without an answer, are left out.
 
     Args:
         source: where and what.
@@ -68,15 +74,16 @@ def read_source(source: SourceConfig, field: str) -> Iterator[Item]:
         return
     for file in source_files(source, field):
         if source.kind == "chat":
-            for number, record in enumerate(_json_records(file, field)):
-                if messages := read_messages(record, source.column, f"{file}, record {number + 1}"):
-                    yield messages
-        elif file.suffix in (".jsonl", ".json"):
-            for number, record in enumerate(_json_records(file, field)):
-                yield _text_of(record, source, f"{file}, record {number + 1}")
+            for where, record in _json_records(file, field):
+                if messages := read_messages(record, source.column, where):
+                    yield where, messages
+        elif source.kind == "teacher" or file.suffix in (".jsonl", ".json"):
+            for where, record in _json_records(file, field):
+                yield where, _text_of(record, source, where)
         else:
             text = _read_text(file, field)
-            yield from text.split(source.separator) if source.separator else [text]
+            for part in text.split(source.separator) if source.separator else [text]:
+                yield str(file), part
 
 
 def _read_text(file: Path, field: str) -> str:
@@ -86,20 +93,33 @@ def _read_text(file: Path, field: str) -> str:
         raise AttnEditError(f"{field}.path", file, f"cannot be read: {error.strerror}") from error
 
 
-def _json_records(file: Path, field: str) -> Iterator[Any]:
-    """JSON lines, or the members of one JSON array."""
+def _json_records(file: Path, field: str) -> Iterator[tuple[str, Any]]:
+    """JSON lines, or the members of one JSON array; each with how messages name it."""
+    number = 0
     try:
         with file.open(encoding="utf-8") as lines:
-            first = next((line for line in lines if line.strip()), "")
-            if first.lstrip().startswith("["):
-                yield from json.loads(file.read_text(encoding="utf-8"))
+            whole = (line for line in lines if line.strip())
+            first, second = next(whole, ""), next(whole, "")
+            if first.lstrip().startswith("[") and not _is_one_of_many(first, second):
+                for number, record in enumerate(json.loads(file.read_text(encoding="utf-8")), 1):
+                    yield f"{file}, record {number}", record
                 return
-            for line in chain([first], lines):
-                if line.strip():
-                    yield json.loads(line)
+            for number, line in enumerate(chain(filter(None, (first, second)), whole), 1):
+                yield f"{file}, record {number}", json.loads(line)
     except (OSError, ValueError) as error:
-        fix = f"give JSON lines, or one JSON array: {error}"
+        fix = f"give JSON lines, or one JSON array: behind record {number}, {error}"
         raise AttnEditError(f"{field}.path", file, fix) from error
+
+
+def _is_one_of_many(first: str, second: str) -> bool:
+    """Whether a line that begins a list is a record of its own: it ends, and another follows."""
+    if not second:
+        return False
+    try:
+        json.loads(first)
+    except ValueError:
+        return False
+    return True
 
 
 def _text_of(record: Any, source: SourceConfig, where: str) -> str:
@@ -108,14 +128,14 @@ def _text_of(record: Any, source: SourceConfig, where: str) -> str:
         return record
     if isinstance(record, Mapping):
         for name in names:
-            if isinstance(record.get(name), str):
-                return str(record[name])
+            if name in record and isinstance(record[name], str | None):
+                return record[name] or ""
     raise AttnEditError(
         where, f"no text in {' or '.join(names)}", "name the field as the source's column"
     )
 
 
-def _hub_items(source: SourceConfig, field: str) -> Iterator[Item]:
+def _hub_items(source: SourceConfig, field: str) -> Iterator[tuple[str, Item]]:
     # Slow to import, and needed by this kind alone.
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
@@ -125,7 +145,7 @@ def _hub_items(source: SourceConfig, field: str) -> Iterator[Item]:
     except (DatasetNotFoundError, FileNotFoundError, ValueError, ConnectionError) as error:
         fix = f"check the id, name and split: {' '.join(str(error).split())}"
         raise AttnEditError(f"{field}.path", source.path, fix) from error
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_streamed(rows, source.path, field)):
         where = f"{source.path}, row {number}"
         chat = source.column in row if source.column else None
         column = source.column or next(
@@ -135,6 +155,24 @@ def _hub_items(source: SourceConfig, field: str) -> Iterator[Item]:
             known = ", ".join(row)
             raise AttnEditError(f"{field}.column", source.column, f"name one of {known}")
         if isinstance(row[column], str):
-            yield row[column]
-        elif messages := read_messages(row, column, where):
-            yield messages
+            yield where, row[column]
+        elif row[column] is not None and (messages := read_messages(row, column, where)):
+            yield where, messages
+
+
+def _streamed(rows: Iterable[Any], path: str, field: str) -> Iterator[Any]:
+    """Rows as they come over the network, which may break at any of them."""
+    import httpx
+
+    number, rest = 0, iter(rows)
+    while True:
+        try:
+            row = next(rest)
+        except StopIteration:
+            return
+        except (OSError, httpx.HTTPError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            fix = f"the hub does not answer after {number:,} rows ({reason}): start again"
+            raise AttnEditError(f"{field}.path", path, fix) from error
+        number += 1
+        yield row

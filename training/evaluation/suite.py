@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def run_suite(config: Config) -> Path:
     Raises:
         AttnEditError: for everything a user can mend, before the first measurement where possible.
     """
-    devices = Devices(config.run, config.seed)
+    devices = Devices(replace(config.run, sharding="none"), config.seed)
     if devices.ranks > 1:
         raise AttnEditError("evaluate", f"{devices.ranks} processes", "start it as one process")
     tokenizer = load_tokenizer(config.teacher)
@@ -74,6 +74,10 @@ class Suite:
 
     def check(self) -> None:
         """Refuse what cannot be measured before hours are spent on the rest."""
+        for name in self._config.models:
+            if name in (TEACHER, *self._config.baselines):
+                fix = f"call it something else: {name} is another model of the same table"
+                raise AttnEditError("evaluate.models", name, fix)
         check_tasks(self._config.tasks, self._config.task_files, self._config.fewshot)
         for length in self._config.passkey.lengths:
             passkey_prompts(self._tokenizer, length, 0.0, 1)

@@ -65,21 +65,26 @@ def git_commit() -> str | None:
 
 
 def fingerprint(
-    store: TensorStore, names: list[str], dtypes: dict[str, torch.dtype] | None = None
+    store: TensorStore,
+    names: list[str],
+    dtypes: dict[str, torch.dtype] | None = None,
+    *,
+    attention: bool = False,
 ) -> str:
     """SHA-256 over a sample of every tensor beside attention: what an edit leaves alone.
 
     Args:
         store: of the teacher, or of a model that was edited from it.
-        names: the tensors of the checkpoint; attention is left out here.
+        names: the tensors of the checkpoint.
         dtypes: in which the edited model holds them, if not in the stored ones.
+        attention: take attention's tensors too: what tells one teacher from another.
 
     Two checkpoints with one fingerprint have the same names, shapes, dtypes and the same first
     thousand elements of every such tensor. Training any of them changes it.
     """
     digest = hashlib.sha256()
     for name in sorted(names):
-        if is_attention(name):
+        if is_attention(name) and not attention:
             continue
         info = store.tensors[name]
         dtype = dtypes[name] if dtypes else info.dtype

@@ -26,6 +26,7 @@ def write_text(path: Path, words: int = 6000, seed: int = 0) -> Path:
         count = int(draw.integers(5, 60))
         lines.append(" ".join(draw.choice(WORDS, count)))
         words -= count
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(lines), encoding="utf-8")
     return path
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
 import shutil
+import signal
+import time
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -13,13 +16,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tests.unit.training.small import make_pair, small_config, write_text
-from training import loop
-from training.checkpoint import find_checkpoints, read_state
+from training import checkpoint, loop, runs
 from training.parts import PartsReader, write_parts
 from training.progress import read_metrics, rewind_metrics
 from training.repack import repack
+from training.resuming import find_checkpoints, read_state
 from training.runs import train
 from vllm_attnedit.errors import AttnEditError
 
@@ -178,7 +182,7 @@ def test_a_full_checkpoint_is_repacked_for_travel(tmp_path, pair, text):
         return repack(config, full)
 
     folder = packed(weights="bf16", optimizer="none", parts_mb=0.25)
-    assert read_state(folder) == state
+    assert read_state(folder) == state | {"indexes": ["index-weights-0.json"]}
     sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
     assert max(sizes) <= 1 << 18
     assert sum(sizes) < 0.2 * sum(file.stat().st_size for file in full.glob("*.safetensors"))
@@ -209,6 +213,84 @@ def test_lost_moments_warm_up_again(tmp_path, pair, text):
     rates = [row["lr"] for row in read_metrics(tmp_path)]
     assert len(rates) == 3
     assert rates[2] == pytest.approx(rates[0])  # risen anew, where 3/4 of the peak was due
+
+
+def test_a_copy_without_its_moments_is_refused(tmp_path, pair, text):
+    run(tmp_path, pair, text, "stage1", run={"minutes": 1e-9})
+    (full,) = find_checkpoints(tmp_path / "checkpoints")
+    (full / "index-optimizer-0.json").unlink()
+    with pytest.raises(AttnEditError, match=r"index-optimizer-0\.json: missing: copy it again"):
+        run(tmp_path, pair, text, "stage1")
+
+
+def test_a_run_does_not_go_back_behind_its_newest_checkpoint(tmp_path, pair, text):
+    run(tmp_path, pair, text, "stage1", checkpoint={"every_steps": 2, "keep": 5})
+    first, *_, last = find_checkpoints(tmp_path / "checkpoints")
+    back = {"resume": str(first)}
+    with pytest.raises(AttnEditError, match=rf"checkpoint\.resume: .*{first.name}: .*{last.name}"):
+        run(tmp_path, pair, text, "stage1", checkpoint=back)
+    for later in find_checkpoints(tmp_path / "checkpoints")[1:]:
+        shutil.rmtree(later)
+    assert run(tmp_path, pair, text, "stage1", checkpoint=back).finished
+
+
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path, pair, text):
+    left = tmp_path / "checkpoints" / ".step-00000003.partial"
+    left.mkdir(parents=True)
+    run(tmp_path, pair, text, "stage1", run={"minutes": 1e-9})
+    assert not left.exists()
+
+
+def test_sigterm_while_the_last_checkpoint_is_saved(tmp_path, pair, text, monkeypatch):
+    """It is saved to its end, and the run ends as it would have."""
+    publish = checkpoint.publish
+
+    def slowly(folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        publish(folder)
+
+    monkeypatch.setattr(checkpoint, "publish", slowly)
+    outcome = run(tmp_path, pair, text, "stage1", run={"minutes": 1e-9})
+    assert outcome.step == 1
+    assert outcome.checkpoint.is_dir()
+
+
+def test_minutes_count_from_the_beginning_of_the_run(tmp_path, pair, text, monkeypatch):
+    load = runs.load_teacher
+
+    def slowly(*args, **kwargs):
+        time.sleep(1)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(runs, "load_teacher", slowly)
+    assert run(tmp_path, pair, text, "stage1", run={"minutes": 1 / 60}).step == 1
+
+
+def test_a_changed_option_is_refused_before_models_are_loaded(tmp_path, pair, text, monkeypatch):
+    run(tmp_path, pair, text, "stage1", run={"minutes": 1e-9})
+    monkeypatch.setattr(runs, "load_teacher", None)
+    with pytest.raises(AttnEditError, match=r"stage1\.lr"):
+        run(tmp_path, pair, text, "stage1", stage1={"lr": 1e-4})
+
+
+def test_a_teacher_of_another_attention_is_another(tmp_path, pair, text):
+    """An edit of either is the same but for attention, which it has of its own."""
+    teacher, student = pair
+    run(tmp_path / "run", pair, text, "stage2", run={"minutes": 1e-9})
+    other = shutil.copytree(teacher, tmp_path / "other")
+    state = load_file(other / "model.safetensors")
+    state["model.layers.0.self_attn.q_proj.weight"] *= 2
+    save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AttnEditError, match=r"teacher: .*other weights"):
+        run(tmp_path / "run", (other, student), text, "stage2")
+    cache = {"top_k": 8, "cache": str(tmp_path / "cache")}
+    run(tmp_path / "one", pair, text, "stage2", stage2=cache)
+    with pytest.raises(AttnEditError, match=r"stage2\.cache: .*another teacher"):
+        run(tmp_path / "two", (other, student), text, "stage2", stage2=cache)
+    with pytest.raises(AttnEditError, match=r"stage2\.cache: .*another fp32_logits"):
+        run(tmp_path / "two", pair, text, "stage2", stage2=cache | {"fp32_logits": True})
+    with pytest.raises(AttnEditError, match=r"stage2\.cache: .*cosine"):
+        run(tmp_path / "two", pair, text, "stage2", stage2=cache | {"cosine_weight": 0.1})
 
 
 @contextmanager

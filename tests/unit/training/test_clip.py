@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.parallel import clip
+from training.sharded import clip
 
 
 def parameters_with_gradients(scale: float = 1.0) -> list[nn.Parameter]:

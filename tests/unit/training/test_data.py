@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -28,6 +29,18 @@ CHAT = [
 
 def source(kind, path, **more):
     return SourceConfig(kind=kind, path=str(path), **more)
+
+
+def items(of):
+    return [item for _, item in read_source(of, "data.sources.0")]
+
+
+@pytest.mark.parametrize("said", ["he ran\n", "he ran ", " he ran"])
+def test_space_around_an_answer_does_not_hide_its_end(said):
+    chat = [CHAT[0], {"role": "assistant", "content": said}]
+    tokenizer = tiny_tokenizer()
+    ids, answers = tokenize_chat(tokenizer, chat, "here")
+    assert tokenizer.decode(ids[answers].tolist()) == f"{said}<|im_end|>"
 
 
 def test_answers_and_their_ends_are_marked_and_nothing_else():
@@ -78,29 +91,92 @@ def test_text_in_all_its_containers(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n\n{"text": "four"}\n')
     (tmp_path / "c.json").write_text(json.dumps([{"text": "five"}, "six"]))
     (tmp_path / "d.bin").write_text("ignored")
-    found = list(read_source(source("text", tmp_path, separator="\n---\n"), "data.sources.0"))
+    found = items(source("text", tmp_path, separator="\n---\n"))
     assert found == ["one", "two", "three", "four", "five", "six"]
-    globbed = list(read_source(source("text", tmp_path / "*.jsonl"), "data.sources.0"))
+    globbed = items(source("text", tmp_path / "*.jsonl"))
     assert globbed == ["three", "four"]
     (tmp_path / "e.jsonl").write_text('{"body": "seven"}\n')
-    body = read_source(source("text", tmp_path / "e.jsonl", column="body"), "data.sources.0")
-    assert list(body) == ["seven"]
+    assert items(source("text", tmp_path / "e.jsonl", column="body")) == ["seven"]
     with pytest.raises(AttnEditError, match="column"):
-        list(read_source(source("text", tmp_path / "e.jsonl"), "data.sources.0"))
+        items(source("text", tmp_path / "e.jsonl"))
     (tmp_path / "f.jsonl").write_text("{broken\n")
     with pytest.raises(AttnEditError, match=r"f\.jsonl"):
-        list(read_source(source("text", tmp_path / "f.jsonl"), "data.sources.0"))
+        items(source("text", tmp_path / "f.jsonl"))
+
+
+def test_records_that_are_lists_are_lines_or_an_array(tmp_path):
+    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(CHAT[i:]) for i in (0, 2)) + "\n")
+    (tmp_path / "array.json").write_text(json.dumps([CHAT, CHAT[2:]], indent=1))
+    (tmp_path / "one.json").write_text(json.dumps([CHAT, CHAT[2:]]) + "\n")
+    for name in ("lines.jsonl", "array.json", "one.json"):
+        assert items(source("chat", tmp_path / name)) == [CHAT, CHAT[2:]]
+
+
+def test_a_record_without_text_is_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    assert [i for i in items(source("text", tmp_path / "a.jsonl")) if i] == ["one", "two"]
+
+
+def test_what_the_teacher_wrote_is_json_whatever_its_name(tmp_path):
+    (tmp_path / "teacher.txt").write_text('{"text": "one", "seed": 0}\n')
+    assert items(source("teacher", tmp_path / "teacher.txt")) == ["one"]
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    chats = [{"messages": CHAT}, {"messages": [{"role": "system", "content": "be"}, *CHAT]}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    data = DataConfig(sources=[source("chat", tmp_path / "c.jsonl")])
+    with pytest.raises(AttnEditError, match=r"c\.jsonl, record 2: no system"):
+        prepare_shards(data, tmp_path / "shards", tokenizer)
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for name in ("a", "b"):
+        write_text(tmp_path / "docs" / name / "index.rst", 60, seed=ord(name))
+    data = DataConfig(sources=[source("text", tmp_path / "docs")])
+    prepare_shards(data, tmp_path / "shards", tiny_tokenizer())
+    write_text(tmp_path / "docs/a/index.rst", 60, seed=7)
+    with pytest.raises(AttnEditError, match="other sources"):
+        prepare_shards(data, tmp_path / "shards", tiny_tokenizer())
+
+
+def test_shards_take_nobodys_place(tmp_path):
+    """A folder with other things in it, the sources for instance, is not theirs."""
+    text = write_text(tmp_path / "data" / "text" / "t.txt", 60)
+    data = DataConfig(sources=[source("text", text)])
+    with pytest.raises(AttnEditError, match=r"data: name a new or an empty folder"):
+        prepare_shards(data, tmp_path / "data", tiny_tokenizer())
+    assert text.is_file()
+    (tmp_path / "empty").mkdir()
+    assert prepare_shards(data, tmp_path / "empty", tiny_tokenizer()).tokens
+
+
+def test_a_hub_that_breaks_off_is_named(tmp_path, monkeypatch):
+    def rows(*_, **__):
+        yield {"text": "one"}
+        raise httpx.ReadTimeout("The read operation timed out")
+
+    monkeypatch.setattr("datasets.load_dataset", rows)
+    data = DataConfig(sources=[source("hub", "some/set")])
+    with pytest.raises(AttnEditError, match=r"sources\.0\.path: some/set: .* after 1 rows"):
+        prepare_shards(data, tmp_path / "shards", tiny_tokenizer())
+    assert not any(tmp_path.iterdir())
 
 
 def test_hub_source_of_a_local_folder(tmp_path):
     data = tmp_path / "set"
     data.mkdir()
     (data / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert list(read_source(source("hub", data), "data.sources.0")) == ["one", "two"]
+    assert items(source("hub", data)) == ["one", "two"]
     with pytest.raises(AttnEditError, match="text"):
-        list(read_source(source("hub", data, column="body"), "data.sources.0"))
+        items(source("hub", data, column="body"))
     with pytest.raises(AttnEditError, match=r"data\.sources\.0\.path"):
-        list(read_source(source("hub", tmp_path / "nothing"), "data.sources.0"))
+        items(source("hub", tmp_path / "nothing"))
 
 
 def test_shards_hold_the_documents(tmp_path):

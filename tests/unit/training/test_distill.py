@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +16,8 @@ from training.data import BatchStream, PackedSequences, prepare_shards
 from training.distill import DistillStage, cosine_distance
 from training.models import Trunk, load_student, load_teacher, load_tokenizer
 from training.parallel import Devices
+from training.parts import PartsReader
+from training.runs import train
 from training.targets import TopKCache
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.hf import AttnEditForCausalLM
@@ -222,6 +227,23 @@ def test_a_cache_of_another_teacher_is_refused(tmp_path):
     TopKCache(tmp_path / "cache", IDENTITY)
     with pytest.raises(AttnEditError, match="teacher"):
         TopKCache(tmp_path / "cache", IDENTITY | {"teacher": "u"})
+
+
+def test_stored_float32_weights_are_trained_as_they_are(tmp_path, pair, text):
+    """In bf16 too: what trains has float32 masters, which a detour over bf16 would round."""
+    teacher, student = pair
+    wide = shutil.copytree(student, tmp_path / "wide")
+    state = {n: t.float() * 1.0003 for n, t in load_file(wide / "model.safetensors").items()}
+    save_file(state, wide / "model.safetensors", metadata={"format": "pt"})
+    config = small_config(
+        tmp_path, teacher, wide, text, run={"precision": "bf16", "minutes": 1e-9},
+        stage2={"lr": 1e-30},
+    )  # fmt: skip
+    trained = PartsReader(train(config, "stage2").checkpoint, "weights-")
+    names = [name for name in trained if not name.startswith("generator/")]
+    assert names
+    for name in names:
+        torch.testing.assert_close(trained.load(name), state[name], rtol=0, atol=1e-29)
 
 
 def test_blame_names_the_layer(tmp_path, pair, text):

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit.training.small import make_pair, small_config
-from training.checkpoint import find_checkpoints
 from training.commands import export_newest
 from training.export import export
 from training.models import unpack_student
 from training.parts import PartsReader
+from training.resuming import find_checkpoints
 from training.runs import train
 from vllm_attnedit.config import AttnEditConfig
 from vllm_attnedit.edit import apply_edit, save_edit
@@ -126,3 +126,17 @@ def test_stages_add_up(tmp_path, pair, text):
     assert provenance["tokens_seen"] == 2 * 6 * 4 * 64
     assert [stage["stage"] for stage in provenance["stages"]] == ["stage1", "stage2"]
     assert provenance["init"] == "inherit"
+
+
+@pytest.mark.parametrize("field", ["teacher", "student"])
+def test_a_result_takes_nobodys_place(tmp_path, pair, text, field):
+    """Refused before anything is trained."""
+    sources = dict(zip(("teacher", "student"), pair))
+    sources[field] = shutil.copytree(sources[field], tmp_path / "run" / "model")
+    config = small_config(tmp_path / "run", *sources.values(), text)
+    with pytest.raises(AttnEditError, match=rf"output: .*take the place of the {field}"):
+        train(config, "stage1")
+    config = small_config(tmp_path / "run", *pair, text)
+    with pytest.raises(AttnEditError, match=r"model: name a new or an empty folder"):
+        train(config, "stage1")
+    assert not (tmp_path / "run" / "checkpoints").exists()

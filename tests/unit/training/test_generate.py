@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -49,7 +52,7 @@ def test_what_is_written_is_not_asked_for_again(config, tmp_path, monkeypatch):
     path = tmp_path / "teacher.jsonl"
     requests = []
 
-    def sample(request):
+    def sample(request, _lock):
         requests.append(request)
         with path.open("a") as out:
             for text, seed in zip(request["texts"], request["seeds"]):
@@ -64,6 +67,38 @@ def test_what_is_written_is_not_asked_for_again(config, tmp_path, monkeypatch):
     assert requests[0]["out"] == str(path)
     write_texts(config)
     assert len(requests) == 1
+
+
+def test_two_do_not_write_one_file(config, monkeypatch):
+    monkeypatch.setattr(generate, "find_spec", lambda name: object())
+
+    def sample(request, _lock):
+        with pytest.raises(AttnEditError, match=r"generate\.path: .*wait for the other process"):
+            write_texts(config)
+
+    monkeypatch.setattr(generate, "_run_sampler", sample)
+    write_texts(config)
+
+
+def test_the_sampler_ends_with_its_caller(tmp_path):
+    """SIGTERM: it and what it started are gone."""
+    program = "import subprocess, sys; subprocess.run(['sleep', '98765'])"
+    code = (
+        "import sys; from pathlib import Path; from training.generate import _run_in_a_group\n"
+        f"_run_in_a_group([sys.executable, '-c', {program!r}], Path('.'), 0)"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", code])
+    while not sleepers():
+        assert caller.poll() is None
+        time.sleep(0.1)
+    caller.terminate()
+    assert caller.wait(30) == 143
+    assert not sleepers()
+
+
+def sleepers():
+    found = subprocess.run(["pgrep", "-f", "^sleep 98765"], capture_output=True, check=False)
+    return found.stdout.split()
 
 
 def test_without_vllm_it_says_so(config, monkeypatch):

@@ -99,4 +99,7 @@ def test_latent_layers_pay_for_their_widths():
 
 def test_peaks_by_name():
     assert peak_tflops("NVIDIA H200") == peak_tflops("NVIDIA H100 80GB HBM3") == 989.0
+    assert peak_tflops("NVIDIA GH200 480GB") == 989.0
+    assert peak_tflops("NVIDIA L4") == 121.0
+    assert peak_tflops("NVIDIA L40") is None
     assert peak_tflops("Some GPU") is None

@@ -36,7 +36,7 @@ def test_conversations_of_an_array_that_is_cut_off(tmp_path: Path) -> None:
     assert found == [{"conversations": said}] * 2
     lines = tmp_path / "chat.jsonl"
     lines.write_text("\n".join(map(json.dumps, found)))
-    (one, _) = read_source(SourceConfig(kind="chat", path=str(lines)), "data.sources.0")
+    ((_, one), _) = read_source(SourceConfig(kind="chat", path=str(lines)), "data.sources.0")
     assert [message["content"] for message in one if isinstance(message, dict)] == [
         "hi",
         "{[hello]}",
