@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    StrictDataclassError,
+)
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from vllm_attnedit.config import MODEL_TYPE, AttnEditConfig
@@ -72,6 +77,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _config_path(source: str | Path, field: str) -> Path:
     path = Path(source)
+    if len(path.name) > 255:
+        raise AttnEditError(field, source, "give a shorter name")
     if path.is_dir():
         if not (path / CONFIG_NAME).is_file():
             raise AttnEditError(field, path, f"give a folder that holds a {CONFIG_NAME}")
@@ -82,6 +89,6 @@ def _config_path(source: str | Path, field: str) -> Path:
         raise AttnEditError(field, source, f"give an existing folder or {CONFIG_NAME}, or a hub id")
     try:
         return Path(hf_hub_download(str(source), CONFIG_NAME))
-    except (EntryNotFoundError, HfHubHTTPError) as error:
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         fix = f"give an existing folder, or a hub id that can be reached ({type(error).__name__})"
         raise AttnEditError(field, source, fix) from error

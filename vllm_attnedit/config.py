@@ -8,6 +8,7 @@ the teacher's own fields at top level plus ``base_model_type`` (the teacher's ``
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 # Not from the package's root: that would import the Auto classes, whose import waits for this
@@ -72,6 +73,8 @@ class AttnEditConfig(PreTrainedConfig):
         **teacher_fields: Any,
     ) -> None:
         family = get_family(base_model_type)
+        if not isinstance(provenance or {}, dict):
+            raise AttnEditError("provenance", provenance, "give an object, or leave it out")
         kept = {
             k: v
             for k, v in teacher_fields.items()
@@ -102,6 +105,24 @@ class AttnEditConfig(PreTrainedConfig):
             provenance=dict(provenance or {}),
             **values,
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        derived = getattr(type(self), name, None)
+        if isinstance(derived, property) and derived.fset is None:
+            fix = "leave it alone: it follows from attention_edit, so edit the teacher again"
+            raise AttnEditError(name, value, fix)
+        super().__setattr__(name, value)
+
+    def uuid(self) -> str:
+        """Everything that compiled code may depend on, as text: what vLLM caches such code by.
+
+        vLLM asks for it by this name. By itself it would look at the dataclass fields of
+        transformers' base class alone, to which two edits of a teacher are the same.
+        """
+        values = self.to_dict()
+        for name in ("provenance", "transformers_version", "_name_or_path"):
+            values.pop(name, None)
+        return json.dumps(values, sort_keys=True, default=str)
 
     @property
     def family(self) -> Family:

@@ -11,7 +11,8 @@ The report is JSON-ready, and its fields are stable (new ones may be added)::
     dtypes            parameters by dtype
     added, removed    against the teacher, tensors of equal name in all layers together, each with
                       tensor, count, parameters; a tensor of another shape is in both
-    problems          tensors that are missing, unexpected or misshapen, a sentence each
+    problems          tensors that are missing, unexpected or misshapen, a sentence each; of a
+                      quantised checkpoint layers without any tensor, and tensors misshapen
     provenance        as in config.json
     files             each with name and bytes
 """
@@ -70,7 +71,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         **_sizes(found),
         "added": _difference(expected, teacher),
         "removed": _difference(teacher, expected),
-        "problems": _problems(found, expected),
+        "problems": _problems(found, expected, getattr(config, "quantization_config", None)),
         "provenance": config.provenance,
         "files": [
             {"name": str(path.relative_to(folder)), "bytes": path.stat().st_size}
@@ -136,14 +137,22 @@ def _difference(tensors: Shapes, others: Shapes) -> list[dict[str, Any]]:
     ]
 
 
-def _problems(found: Mapping[str, TensorInfo], expected: Shapes) -> list[str]:
-    problems = [f"{name} is missing" for name in expected if name not in found]
+def _problems(found: Mapping[str, TensorInfo], expected: Shapes, quantised: object) -> list[str]:
+    # A quantised layer spells its weight in its method's own way: qweight and scales, for instance.
+    modules = {_module(name) for name in found} if quantised else set()
+    names = [name for name in expected if _module(name) not in modules]
+    problems = [f"{name} is missing" for name in names if name not in found]
     for name, info in found.items():
         if name not in expected:
-            if name != _HEAD:  # stored beside a tied embedding by some writers, and not read
+            # The head is stored beside a tied embedding by some writers, and not read.
+            if name != _HEAD and not quantised:
                 problems.append(f"{name} is unexpected")
         elif info.shape != expected[name]:
             problems.append(
                 f"{name} is {list(info.shape)}, config.json asks for {list(expected[name])}"
             )
     return problems
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]

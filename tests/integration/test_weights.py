@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tests.integration.engine import engine
+from tests.unit.quantised import quantised_checkpoint
 from tests.unit.tiny import tiny_edit
 from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
 from vllm_attnedit import AttnEditError
 from vllm_attnedit.config import FULL, LATENT, AttentionEdit
 from vllm_attnedit.models.causal_lm import check_servable
+from vllm_attnedit.models.weights import WeightLoader
 
 pytestmark = pytest.mark.integration
 Tensors = dict[str, torch.Tensor]
@@ -56,6 +60,64 @@ def test_tensors_that_do_not_fit_are_named(
     with pytest.raises(AttnEditError) as caught, engine(folder):
         pass
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "name"),
+    [
+        ("qwen3", "gptq", "model.layers.0.self_attn.k_proj.weight"),
+        ("qwen3", "gptq", "model.layers.1.mlp.down_proj.qweight"),
+        ("qwen3", "awq", "model.layers.1.mlp.up_proj.scales"),
+    ],
+)
+def test_a_quantised_checkpoint_must_be_whole_too(
+    family: str, method: str, name: str, tmp_path: Path
+):
+    folder = quantised_checkpoint(tiny_edited(family), method, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AttnEditError) as caught, engine(folder, dtype="bfloat16"):
+        pass
+    assert f"{name}: missing: " in str(caught.value)
+
+
+def test_experts_that_other_ranks_have_need_not_come():
+    """vLLM can leave them out of a rank's stream; but what the rank holds must be whole."""
+    config = tiny_edited("qwen3_moe").config
+    mlp, held = nn.Module(), 2
+    mlp.experts = nn.Module()
+    for name, width in (("w13_weight", 2), ("w2_weight", 1)):
+        parameter = nn.Parameter(torch.zeros(held, width), requires_grad=False)
+        parameter.weight_loader = lambda *_, expert_id, **__: expert_id < held  # type: ignore[attr-defined]
+        mlp.experts.register_parameter(name, parameter)
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.layers = nn.ModuleList([nn.Module()])
+    model.model.layers[0].mlp = mlp
+
+    def load(left_out: str, experts: range) -> None:
+        loader = WeightLoader(model, config, quantized=False)
+        loader.expected = {n: s for n, s in loader.expected.items() if "layers.0.mlp.experts" in n}
+        wanted = {n for n in loader.expected if int(n.split(".")[5]) in experts} - {left_out}
+        loader.load((name, torch.zeros(loader.expected[name])) for name in wanted)
+
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    load("", range(held))
+    load("", range(config.num_experts))
+    for experts in (range(held), range(config.num_experts)):
+        with pytest.raises(AttnEditError, match=f"{re.escape(name)}: missing: "):
+            load(name, experts)
+
+
+def test_graphs_are_cached_by_how_layers_are_served(tmp_path: Path):
+    """Two ways to serve one checkpoint, which vLLM's own hash cannot tell apart."""
+    folder = tiny_edited_checkpoint(tiny_edited("qwen3"), tmp_path)
+    hashes = []
+    for options in ({}, {}, {"disable_hybrid_kv_cache_manager": True}):
+        with engine(folder, **options) as llm:
+            hashes.append(llm.llm_engine.vllm_config.compute_hash())
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_a_tied_head_stored_twice_is_accepted(tmp_path: Path):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.unit.command import Attnedit, attnedit
+from tests.unit.quantised import quantised_checkpoint
 from tests.unit.tiny import FAMILY_NAMES, tiny_edit, tiny_model, tiny_teacher
 from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
 from vllm_attnedit.cli.inspect import describe_run
@@ -159,6 +160,19 @@ def test_truncated_weights(kept: int, attnedit: Attnedit, checkpoint: Path) -> N
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     assert "model.safetensors" in attnedit.refused("inspect", checkpoint)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
+def test_quantised_layers_are_spelt_their_own_way(
+    method: str, attnedit: Attnedit, tmp_path: Path
+) -> None:
+    folder = quantised_checkpoint(tiny_edited("qwen3"), method, tmp_path / "quantised")
+    assert report_of(attnedit, folder)["problems"] == []
+    tensors = load_file(folder / "model.safetensors")
+    gone = "model.layers.1.mlp.down_proj"
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    assert report_of(attnedit, folder, code=1)["problems"] == [f"{gone}.weight is missing"]
 
 
 def test_missing_weights(attnedit: Attnedit, checkpoint: Path, tmp_path: Path) -> None:

@@ -179,6 +179,9 @@ def test_bad_checkpoints(
     message = attnedit.refused("kv", "nobody/no-such-model")
     assert "nobody/no-such-model: give an existing folder, or a hub id that can be" in message
 
+    assert "runs/my--model: give an existing folder" in attnedit.refused("kv", "runs/my--model")
+    assert "give a shorter name" in attnedit.refused("kv", "x" * 300)
+
     folder = edited(tmp_path / "e", "gateswa")
     assert "leave it out" in attnedit.refused("kv", folder, "--target", "mla")
     assert "--teacher" in attnedit.refused("kv", folder, "--teacher", empty)

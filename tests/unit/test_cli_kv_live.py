@@ -133,3 +133,12 @@ def test_options_are_named(attnedit: Attnedit, answering: Any, checkpoint: Path)
     assert attnedit.refused("kv", "--server", address, "--tp", "2").startswith("attnedit: --tp")
     refused = attnedit.refused("kv", "--server", address, "--kv-dtype", "int3")
     assert refused.startswith("attnedit: --kv-dtype")
+
+
+def test_what_a_server_decides_itself_is_refused(attnedit: Attnedit) -> None:
+    server = ("kv", "--server", "127.0.0.1:9")
+    for option, value in (("--length", "999"), ("--memory", "foo"), ("--pp", "2")):
+        line = attnedit.refused(*server, option, value)
+        assert line.startswith(f"attnedit: {option}: ")
+        assert line.endswith("leave it out, or --server")
+    assert "one number" in attnedit.refused(*server, "--tp", "1,2")

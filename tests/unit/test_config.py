@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
+from vllm.config.utils import normalize_value
 
 from tests.unit.tiny import FAMILY_NAMES, tiny_config, tiny_edit
 from vllm_attnedit import AttnEditError
@@ -65,8 +66,32 @@ def test_latent_layers_look_full_to_caches():
 
 
 def test_the_window_cannot_be_changed_behind_the_edit():
-    with pytest.raises(AttributeError):
-        setattr(edited_config("qwen3"), "sliding_window", None)  # noqa: B010
+    with pytest.raises(AttnEditError, match=r"sliding_window: 64: .* edit the teacher again"):
+        edited_config("qwen3").update({"sliding_window": 64})
+
+
+def test_compiled_code_is_cached_by_every_field():
+    """vLLM's hash of a model: nothing but where the weights came from may be left out."""
+
+    def key(config: AttnEditConfig) -> str:
+        return str(normalize_value(config))
+
+    base = key(edited_config("qwen3"))
+    assert key(edited_config("qwen3", provenance={"stage": "stage2"})) == base
+    others = [
+        edited_config("qwen3", tiny_edit(window=9)),
+        edited_config("qwen3", tiny_edit(gate="elementwise")),
+        edited_config("qwen3", tiny_edit("mla")),
+        edited_config("llama"),
+    ]
+    fields = tiny_config("qwen3").to_dict() | {"rms_norm_eps": 1e-3}
+    others.append(AttnEditConfig("qwen3", tiny_edit(), **fields))
+    assert len({base, *map(key, others)}) == 1 + len(others)
+
+
+def test_a_provenance_that_is_no_object_is_refused():
+    with pytest.raises(AttnEditError, match="provenance: x: give an object"):
+        edited_config("qwen3", provenance="x")
 
 
 @pytest.mark.parametrize(

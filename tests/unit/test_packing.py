@@ -13,8 +13,16 @@ from vllm_attnedit.layers import packing
 from vllm_attnedit.layers.packing import PAGES_OPTION, Pack, find_pack
 
 
-def settings(option: str | None = "packed", stages: int = 1) -> SimpleNamespace:
+def settings(
+    option: str | None = "packed",
+    stages: int = 1,
+    skip_layers: tuple[str, ...] = (),
+    sharing: bool = False,
+) -> SimpleNamespace:
     return SimpleNamespace(
+        cache_config=SimpleNamespace(
+            kv_sharing_fast_prefill=sharing, kv_cache_dtype_skip_layers=list(skip_layers)
+        ),
         additional_config=None if option is None else {PAGES_OPTION: option},
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
     )
@@ -79,6 +87,19 @@ def test_only_who_asked_is_told_that_layers_do_not_pack(monkeypatch: pytest.Monk
     assert not said
     assert find_pack(settings("packed"), every(2, 8), 0) is None
     assert said == ["Window pages are not packed: %s."]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [({"sharing": True}, "kv-sharing-fast-prefill"), ({"skip_layers": ("1",)}, "two data types")],
+)
+def test_what_vllm_would_misread_is_not_packed(changes, why, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(
+        packing.logger, "warning_once", lambda text, *args: said.append(text % args)
+    )
+    assert find_pack(settings("packed", **changes), every(4, 8), 0) is None
+    assert why in said[0]
 
 
 def test_an_unknown_option_is_refused():

@@ -230,6 +230,10 @@ class GateSWATritonBackend(TritonAttentionBackend):
     def get_builder_cls() -> type[GateSWAMetadataBuilder]:
         return GateSWAMetadataBuilder
 
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False  # how a window is cut over the GPU depends on how many requests there are
+
     @staticmethod
     def use_cascade_attention(*args: Any, **kwargs: Any) -> bool:
         return False

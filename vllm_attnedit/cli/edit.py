@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from vllm_attnedit.cli.edit_report import print_report
+from vllm_attnedit.cli.given import refuse_others
 from vllm_attnedit.cli.quantities import format_bytes
 from vllm_attnedit.edit import (
     Calibration,
@@ -49,6 +50,7 @@ _DIM = "MLA: {}; by default {}."
 
 
 def command(
+    context: typer.Context,
     teacher: Annotated[
         str,
         typer.Argument(help="Model folder, hub id or .gguf file (--save-edit: edited folder)."),
@@ -150,23 +152,21 @@ def command(
         )
         if given
     ]
+    teacher_is_read = not only_save_edit
     if chosen:
-        if target is not None:
-            raise AttnEditError("--target", target, f"leave it out, or {chosen[0]}")
-        if len(chosen) > 1:
-            raise AttnEditError(chosen[1], from_edit or compact, f"leave it out, or {chosen[0]}")
-        if compact is not None:
-            nbytes = compact_edit(teacher, compact, out, revision=revision)
-            console.print(f"{out}: {compact.name} as int8 differences, {format_bytes(nbytes)}")
-            return
-        if only_save_edit:
-            nbytes = save_edit(teacher, out)
-            console.print(f"{out}: the edit alone, {format_bytes(nbytes)}")
-            return
-        assert from_edit is not None
-        with _ending_on_sigterm(), _bar() as bar:
-            apply_edit(teacher, from_edit, out, revision=revision, progress=_shown_on(bar))
-        console.print(f"{out}: {from_edit.name} applied to {teacher}")
+        taken = ("--revision",) if teacher_is_read else ()
+        refuse_others(context, chosen[0], taken)
+        with _ending_on_sigterm():
+            if compact is not None:
+                nbytes = compact_edit(teacher, compact, out, revision=revision)
+                said = f"{compact.name} as int8 differences, {format_bytes(nbytes)}"
+            elif from_edit is not None:
+                with _bar() as bar:
+                    apply_edit(teacher, from_edit, out, revision=revision, progress=_shown_on(bar))
+                said = f"{from_edit.name} applied to {teacher}"
+            else:
+                said = f"the edit alone, {format_bytes(save_edit(teacher, out))}"
+        console.print(f"{out}: {said}")
         return
     if target is None:
         raise AttnEditError("--target", "missing", "use gateswa or mla")
@@ -203,6 +203,8 @@ def _calibration(
                 raise AttnEditError(option, value, fix)
         return None
     if source == NONE:
+        if tokens is not None:
+            raise AttnEditError("--calibration-tokens", tokens, "leave it out: there is no text")
         return None
     count = DEFAULT_TOKENS if tokens is None else tokens
     if source in (None, BUILTIN):

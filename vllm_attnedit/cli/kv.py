@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_attnedit.cli.given import refuse_others
 from vllm_attnedit.cli.kv_live import Reading, show_server
 from vllm_attnedit.cli.quantities import format_bytes, parse_bytes, parse_counts
 from vllm_attnedit.errors import AttnEditError
@@ -20,6 +21,7 @@ _ARGUMENTS_OF_ACCOUNTING = ("tp", "pp", "kv_dtype", "block_size")
 
 
 def command(
+    context: typer.Context,
     checkpoint: Annotated[
         str | None,
         typer.Argument(
@@ -79,6 +81,10 @@ def command(
     tps = parse_counts("--tp", tp or ["1"])
     with _options_named():
         if server is not None:
+            taken = ("--watch", "--pages", "--tp", "--kv-dtype", "--json")
+            refuse_others(context, "--server", taken)
+            if len(tps) > 1:
+                raise AttnEditError("--tp", ",".join(tp or ()), "give the server's own, one number")
             reading = Reading(tp=tps[0], kv_dtype=kv_dtype, pages=pages or "auto")
             show_server(server, checkpoint, reading, as_json=as_json, watch=watch)
             return

@@ -205,7 +205,7 @@ def _open_edit(path: str | Path, option: str, formats: tuple[str, ...]) -> _Save
         raise AttnEditError(option, path, f"no such file; {_FIX_FORMAT}")
     store = SafetensorsStore(path.parent, path.name)
     metadata = store.metadata()
-    if metadata.get("attnedit_format") not in formats:
+    if metadata.get("attnedit_format") not in formats or "config" not in metadata:
         raise AttnEditError(option, path, f"not a saved edit; {_FIX_FORMAT}")
     return _Saved(store, metadata, AttnEditConfig.from_dict(json.loads(metadata["config"])))
 

@@ -28,6 +28,8 @@ def check_output(out: Path) -> None:
     if out.is_dir():
         if any(out.iterdir()):
             raise AttnEditError("OUT", out, "name a new or an empty folder: this one is not empty")
+        if out.resolve().is_mount():
+            raise AttnEditError("OUT", out, "name a folder inside it: this is a mount point")
     elif out.exists() or out.is_symlink():
         raise AttnEditError("OUT", out, "name a folder: this is a file")
 
@@ -51,7 +53,7 @@ def output_folder(out: Path, nbytes: int) -> Iterator[Path]:
         AttnEditError: if the disk is too small, fills up, or cannot be written.
     """
     check_output(out)
-    out = out.absolute()
+    out = out.resolve()
     made = _first_missing(out.parent)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     done = False
@@ -85,8 +87,10 @@ def output_file(out: Path, nbytes: int) -> Iterator[Path]:
     """
     if out.exists():
         raise AttnEditError("OUT", out, "name a new file: this one exists")
+    out = out.resolve()
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
+        _remove_abandoned(out)
         _check_space(out, nbytes)
         yield partial
         _fsync(partial)
@@ -118,12 +122,18 @@ def _remove_empty(folder: Path, last: Path) -> None:
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Remove what a killed run has left: the partial folders whose process is gone."""
+    """Remove what killed runs have left: partial output whose process is gone, or had this one's
+    number, as processes in containers do."""
     prefix = f".{out.name}.partial-"
-    for folder in out.parent.iterdir():
-        pid = folder.name.removeprefix(prefix)
-        if folder.name != pid and pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    for left in out.parent.iterdir():
+        pid = left.name.removeprefix(prefix)
+        if left.name == pid or not pid.isdigit():
+            continue
+        if int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists():
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _as_user_error(error: OSError, out: Path) -> AttnEditError:

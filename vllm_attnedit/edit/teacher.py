@@ -191,7 +191,8 @@ def check_editable(values: dict[str, Any]) -> None:
             "architectures", architectures, "use a causal language model (...ForCausalLM)"
         )
     if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "quantised")
+        stated = values["quantization_config"]
+        method = stated.get("quant_method", "quantised") if isinstance(stated, dict) else stated
         raise AttnEditError("quantization_config", method, "use the unquantised checkpoint")
     if values.get("use_sliding_window"):
         fix = "use a teacher with full attention in every layer: windows are what the edit adds"

@@ -57,6 +57,16 @@ def find_pack(vllm_config: VllmConfig, layer_types: Sequence[str], layer_idx: in
     if current_platform.device_type == "npu":
         logger.warning_once("Window pages are not packed: Ascend's attention takes whole pages.")
         return None
+    cache = vllm_config.cache_config
+    reason = None
+    if cache.kv_sharing_fast_prefill:
+        reason = "--kv-sharing-fast-prefill would take layers that share a page for layers that "
+        reason += "share keys and values"
+    elif cache.kv_cache_dtype_skip_layers:
+        reason = "--kv-cache-dtype-skip-layers gives layers that would share a page two data types"
+    if reason is not None:
+        logger.warning_once("Window pages are not packed: %s.", reason)
+        return None
     size = pack_size(layer_types, vllm_config.parallel_config.pipeline_parallel_size)
     if isinstance(size, str):
         if option == "packed":

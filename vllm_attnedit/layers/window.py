@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -106,6 +107,10 @@ def kernel_reason(vllm_config: VllmConfig) -> str | None:
         raise AttnEditError("--block-size", cache.block_size, f"use a multiple of {BLOCK_MULTIPLE}")
     if cache.cache_dtype not in KERNEL_CACHE_DTYPES:
         return f"the window kernels do not read a KV cache of {cache.cache_dtype}"
+    if cache.calculate_kv_scales:
+        return "--calculate-kv-scales is done by vLLM's own attention"
+    if envs.VLLM_BATCH_INVARIANT:
+        return "the window kernels add up in an order that depends on the batch"
     head_dim = vllm_config.model_config.get_head_size()
     if head_dim % 16 or head_dim > MAX_HEAD_DIM:
         return f"the window kernels do not take heads of {head_dim}"

@@ -19,6 +19,7 @@ from vllm.sequence import IntermediateTensors
 from vllm_attnedit.config import LATENT, AttnEditConfig
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.models.decoder import AttnEditModel
+from vllm_attnedit.models.graph_key import note_graph
 from vllm_attnedit.models.weights import WeightLoader
 
 
@@ -47,12 +48,15 @@ def check_servable(config: AttnEditConfig, tp_size: int) -> None:
 
 
 def check_experts(config: AttnEditConfig, vllm_config: VllmConfig) -> None:
-    """Refuse expert parallelism on CPU, where vLLM's kernel would read past the rank's experts.
+    """Refuse expert parallelism on CPU, where vLLM's kernel would read past the rank's experts, and
+    the balancing of experts, which takes what this model does not offer.
 
     Raises:
         AttnEditError: if it is asked for.
     """
     parallel = vllm_config.parallel_config
+    if config.family.moe and parallel.enable_eplb:
+        raise AttnEditError("--enable-eplb", True, "leave it out: edited models do not support it")
     if config.family.moe and parallel.enable_expert_parallel and current_platform.is_cpu():
         fix = "leave it out: vLLM's CPU experts take no expert map; tensor parallelism shards them"
         raise AttnEditError("--enable-expert-parallel", True, fix)
@@ -105,6 +109,7 @@ class AttnEditForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
             )
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        note_graph(vllm_config, self, prefix)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_input_ids(input_ids)

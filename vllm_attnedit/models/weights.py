@@ -28,7 +28,11 @@ _FUSED = {
     "up_proj": ("gate_up_proj", 1),
 }
 _FUSED_NAME = re.compile(r"\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.")
+_EXPERTS = ".experts."
 _EXPERT_NAME = re.compile(r"experts\.\d+\.\w+\.")
+# What a quantised checkpoint may leave out: scales that are made on loading or are one by default,
+# and the order of groups, which is the natural one then.
+_OPTIONAL = re.compile(r"(_scale|_scale_inv|_zero_point|\.g_idx)$")
 _FIX_CHECKPOINT = "write the checkpoint again with `attnedit edit`, or copy it again"
 
 
@@ -47,15 +51,15 @@ class WeightLoader:
         self.params = dict(model.named_parameters())
         self.loaded: set[str] = set()
         self.seen: set[str] = set()
-        # expert weight as the checkpoint names it -> [(parameter prefix, expert, shard)]: several
-        # where experts are replicated for load balance
-        self.experts: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
+        # parameter -> which parts of it came: (shard, expert) of what is fused, else (None, None)
+        self.filled: dict[str, set[tuple[Any, int | None]]] = defaultdict(set)
+        # expert weight as the checkpoint names it -> (parameter prefix, expert, shard)
+        self.experts: dict[str, tuple[str, int, str]] = {}
         if config.family.moe:
-            redundant = getattr(model, "num_redundant_experts", 0)
             for param, name, expert, shard in fused_moe_make_expert_params_mapping(
-                model, "gate_proj", "down_proj", "up_proj", config.num_experts, redundant
+                model, "gate_proj", "down_proj", "up_proj", config.num_experts
             ):
-                self.experts[name].append((param, expert, shard))
+                self.experts[name] = (param, expert, shard)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load all; returns the names of the parameters that were filled.
@@ -118,32 +122,67 @@ class WeightLoader:
         else:
             loader(param, tensor, shard)
         self.loaded.add(name)
+        self.filled[name].add((shard, None))
 
     def _load_expert(self, name: str, tensor: Tensor) -> bool:
         """Whether ``name`` is a routed expert's tensor; loads it if it lives on this rank."""
         match = _EXPERT_NAME.search(name)
         if match is None or match[0] not in self.experts:
             return False
-        for prefix, expert, shard in self.experts[match[0]]:
-            target = name.replace(match[0], prefix)
-            if is_pp_missing_parameter(target, self.model):
-                continue
-            if target not in self.params:
-                raise AttnEditError(name, "unexpected tensor", _FIX_CHECKPOINT)
-            param: Any = self.params[target]
-            local = param.weight_loader(
-                param, tensor, target, shard_id=shard, expert_id=expert, return_success=True
-            )
-            if local:
-                self.loaded.add(target)
+        prefix, expert, shard = self.experts[match[0]]
+        target = name.replace(match[0], prefix)
+        if is_pp_missing_parameter(target, self.model):
+            return True
+        if target not in self.params:
+            raise AttnEditError(name, "unexpected tensor", _FIX_CHECKPOINT)
+        param: Any = self.params[target]
+        local = param.weight_loader(
+            param, tensor, target, shard_id=shard, expert_id=expert, return_success=True
+        )
+        if local:
+            self.loaded.add(target)
+            self.filled[target].add((shard, expert))
         return True
 
     def _check_complete(self) -> None:
+        # Other ranks may have other experts, whose tensors vLLM can leave out of this one's stream.
         missing = [
             name
             for name in self.expected
-            if name not in self.seen and (not self.quantized or name in self.params)
+            if name not in self.seen
+            and _EXPERTS not in name
+            and (not self.quantized or name in self.params)
         ]
+        for name in self.params:
+            if _EXPERTS in name and not _OPTIONAL.search(name):
+                missing += self._missing_experts(name)
+            elif self.quantized and not _OPTIONAL.search(name):
+                missing += self._missing_parts(name)
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise AttnEditError(missing[0], f"missing{more}", _FIX_CHECKPOINT)
+
+    def _missing_experts(self, name: str) -> list[str]:
+        """What did not come of a parameter of stacked experts, as the checkpoint names it."""
+        came, held = self.filled[name], self.params[name].shape[0]  # the experts of this rank
+        by_shard: dict[str, list[str]] = defaultdict(list)
+        for tensor, (prefix, expert, shard) in self.experts.items():
+            if f".{prefix}" in name and (shard, expert) not in came:
+                by_shard[shard].append(name.replace(prefix, tensor))
+        absent = []
+        for shard, tensors in by_shard.items():
+            lacking = held - sum(s == shard for s, _ in came)
+            absent += tensors[:lacking]  # with expert parallelism: as many as these
+        return absent
+
+    def _missing_parts(self, name: str) -> list[str]:
+        """What did not come of any other parameter, as the checkpoint names it."""
+        came = self.filled[name]
+        parts = {n: (f, shard) for n, (f, shard) in _FUSED.items() if f".{f}." in name}
+        if not parts or came == {(None, None)}:
+            return [] if came else [name]
+        return [
+            name.replace(f".{fused}.", f".{part}.")
+            for part, (fused, shard) in parts.items()
+            if (shard, None) not in came
+        ]

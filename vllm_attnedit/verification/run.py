@@ -19,6 +19,7 @@ from typing import Any
 
 from vllm_attnedit.accounting import kv_bytes_per_request
 from vllm_attnedit.checkpoint import load_config
+from vllm_attnedit.edit.store import SafetensorsStore
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.verification.comparison import compare
 from vllm_attnedit.verification.prompts import default_lengths, default_prompts, read_prompts
@@ -74,6 +75,11 @@ def verify_checkpoint(
     if Path(checkpoint).is_file():
         raise AttnEditError("checkpoint", checkpoint, "give the folder of the checkpoint")
     config = load_config(checkpoint)
+    if getattr(config, "quantization_config", None):
+        fix = "give the unquantised checkpoint: the reference model reads no other"
+        raise AttnEditError("quantization_config", checkpoint, fix)
+    if Path(checkpoint).is_dir():
+        SafetensorsStore(Path(checkpoint)).close()  # a file that was cut off is named here
     ids = _prompt_ids(checkpoint, config, prompts, config.max_position_embeddings - tokens - 1)
 
     with stage("generating with the reference model"):

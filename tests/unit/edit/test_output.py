@@ -96,3 +96,34 @@ def test_a_single_file_is_whole_or_absent_too(tmp_path):
     with pytest.raises(RuntimeError):
         fail()
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with output_folder(tmp_path / "out", 10) as folder:
+        (folder / "file").write_text("x")
+    assert (tmp_path / "out").is_symlink()
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["file"]
+
+
+def test_a_mount_point_is_refused(tmp_path, monkeypatch):
+    """It cannot be renamed over."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path.name == "out")
+    refused = pytest.raises(AttnEditError, match=r"name a folder inside it")
+    with refused, output_folder(tmp_path / "out", 10):
+        pass
+
+
+def test_what_a_process_of_this_number_left_is_removed(tmp_path):
+    """In containers a killed run and the next one have the same number."""
+    left = tmp_path / f".out.partial-{os.getpid()}"
+    left.mkdir()
+    (left / "file").write_text("old")
+    with output_folder(tmp_path / "out", 10) as folder:
+        assert not list(folder.iterdir())
+    (tmp_path / ".a.edit.partial-999999999").write_text("old")
+    with output_file(tmp_path / "a.edit", 10) as file:
+        file.write_text("new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.edit", "out"]

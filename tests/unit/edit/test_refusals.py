@@ -157,6 +157,18 @@ def test_options_that_exclude_each_other(refused, attnedit, teacher_of, tmp_path
         "edit", teacher_of("llama"), tmp_path / "x", "--from-edit", "a", "--save-edit"
     )
     assert line == "attnedit: --from-edit: a: leave it out, or --save-edit"
+    for option, value, beside in (
+        ("--window", "9", ("--from-edit", "a")),
+        ("--init", "inherit", ("--from-edit", "a")),
+        ("--dtype", "float16", ("--compact-edit", "a")),
+        ("--revision", "main", ("--save-edit",)),
+    ):
+        line = attnedit.refused("edit", teacher_of("llama"), tmp_path / "x", *beside, option, value)
+        assert line == f"attnedit: {option}: {value}: leave it out, or {beside[0]}"
+    line = refused(
+        teacher_of("llama"), "--target", "mla", "--calibration", "none", "--calibration-tokens", 9
+    )
+    assert line == "--calibration-tokens: 9: leave it out: there is no text"
 
 
 def test_short_calibration_text(refused, teacher_of, tmp_path):

@@ -127,6 +127,7 @@ def edit_config(folder, **changes) -> None:
             {"quantization_config": {"quant_method": "fp8"}},
             r"quantization_config: fp8: use the unq",
         ),
+        ({"quantization_config": "gptq"}, r"quantization_config: gptq: use the unq"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, r"architectures: .*causal"),
         ({"head_dim": 64}, r"self_attn.*config\.json asks for"),
         (

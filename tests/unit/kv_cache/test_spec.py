@@ -108,9 +108,16 @@ def test_bad_settings_are_refused_by_name(changes: dict, message: str):
     assert message in str(caught.value)
 
 
-def cuda_settings(cache_dtype: str = "auto", head_dim: int = 128, block_size: int | None = 16):
+def cuda_settings(
+    cache_dtype: str = "auto",
+    head_dim: int = 128,
+    block_size: int | None = 16,
+    calculate_kv_scales: bool = False,
+):
     return SimpleNamespace(
-        cache_config=SimpleNamespace(cache_dtype=cache_dtype, block_size=block_size),
+        cache_config=SimpleNamespace(
+            cache_dtype=cache_dtype, block_size=block_size, calculate_kv_scales=calculate_kv_scales
+        ),
         model_config=SimpleNamespace(get_head_size=lambda: head_dim),
     )
 
@@ -124,12 +131,18 @@ def cuda_settings(cache_dtype: str = "auto", head_dim: int = 128, block_size: in
         ({"cache_dtype": "int8_per_token_head"}, "int8_per_token_head"),
         ({"head_dim": 512}, "do not take heads of 512"),
         ({"head_dim": 72}, "do not take heads of 72"),
+        ({"cache_dtype": "fp8", "calculate_kv_scales": True}, "--calculate-kv-scales"),
     ],
 )
 def test_what_the_cuda_kernels_leave_to_stock(changes: dict, reason: str | None):
     found = kernel_reason(cuda_settings(**changes))
     assert (found is None) == (reason is None)
     assert reason is None or reason in str(found)
+
+
+def test_batch_invariance_is_left_to_stock(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert "depends on the batch" in str(kernel_reason(cuda_settings()))
 
 
 def test_a_block_size_no_kernel_takes_is_refused():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.command import Attnedit, attnedit
+from tests.unit.quantised import quantised_checkpoint
 from tests.unit.tiny import tiny_teacher, tiny_tokenizer
 from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
 from tests.unit.verification.answers import AGREEING, REFERENCE
@@ -137,3 +138,13 @@ def test_bad_arguments(attnedit: Attnedit, checkpoint: Path, tmp_path: Path) -> 
     (tmp_path / "p.txt").write_text("one")
     message = attnedit.refused("verify", checkpoint, "--prompts", tmp_path / "p.txt")
     assert "the checkpoint has no tokenizer" in message
+
+
+def test_what_the_reference_cannot_read_is_one_line(
+    attnedit: Attnedit, checkpoint: Path, tmp_path: Path
+) -> None:
+    quantised = quantised_checkpoint(tiny_edited("qwen3"), "gptq", tmp_path / "quantised")
+    assert "give the unquantised checkpoint" in attnedit.refused("verify", quantised)
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "model.safetensors" in attnedit.refused("verify", checkpoint)
