@@ -1,7 +1,7 @@
 """Rewrites a checkpoint for travel: small files, weights in bf16, moments in bf16 or left behind.
 
 A run keeps full checkpoints where it runs, since only they resume bit for bit. What has to pass
-through a narrow channel, say from a machine that is lent for minutes, is made from the newest one.
+through a narrow channel, say from a machine that is one's own for minutes, is made from the newest.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Many measurements in one command: jobs on the devices of a machine that is lent."""
+"""Many measurements in one command: jobs on the devices of a machine, within a time limit."""
