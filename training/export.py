@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,15 @@ from torch import Tensor
 
 from training.checkpoint import GENERATORS
 from training.config import Config
-from training.files import atomic_folder, check_replaceable, disk_errors, write_json
+from training.files import (
+    atomic_folder,
+    check_replaceable,
+    disk_errors,
+    temporary_of,
+    write_json,
+)
 from training.models import student_config, student_folder
-from training.parts import PartsReader
+from training.parts import PartsReader, check_indexes
 from training.resuming import find_checkpoints, read_state
 from vllm_attnedit.config import AttnEditConfig
 from vllm_attnedit.edit import save_edit
@@ -95,9 +102,11 @@ def export(config: Config, checkpoint: Path) -> list[Path]:
     write_model(config, checkpoint, model)
     if kind == "checkpoint":
         return [model]
+    fresh = temporary_of(edit)
     with disk_errors(edit):
-        edit.unlink(missing_ok=True)
-    save_edit(model, edit)
+        fresh.unlink(missing_ok=True)
+        save_edit(model, fresh)
+        os.replace(fresh, edit)
     if kind == "both":
         return [model, edit]
     shutil.rmtree(model)
@@ -122,11 +131,13 @@ def check_export(config: Config, stage: str) -> None:
 
 
 def _check_place(config: Config) -> None:
-    if config.checkpoint.export == "none":
+    kind, output = config.checkpoint.export, Path(config.output)
+    if kind == "none":
         return
-    model = Path(config.output) / MODEL_FOLDER
+    model, edit = output / MODEL_FOLDER, output / EDIT_FILE
+    made = [model] if kind == "checkpoint" else [model, edit]
     for field, source in (("teacher", config.teacher), ("student", config.student)):
-        if source is not None and Path(source).resolve() == model.resolve():
+        if source is not None and Path(source).resolve() in [path.resolve() for path in made]:
             fix = f"name another: the result would take the place of the {field}, {source}"
             raise AttnEditError("output", config.output, fix)
     check_replaceable(model, TRAINING)
@@ -139,6 +150,7 @@ def write_model(config: Config, checkpoint: Path, out: Path) -> None:
     """
     base = student_folder(config.student)
     state = read_state(checkpoint)
+    check_indexes(checkpoint, state.get("indexes", ()))
     trained = Trained(PartsReader(checkpoint, "weights-"))
     places = trained.names()
     store = SafetensorsStore(base)

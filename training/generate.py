@@ -160,19 +160,25 @@ def _run_sampler(request: dict[str, Any], lock: int) -> None:
 
 
 def _run_in_a_group(command: list[str], folder: Path, lock: int) -> int:
-    """Run a command that starts processes of its own; none outlives this call, SIGTERM included."""
+    """Run a command that starts processes of its own; none outlives this call, even if a signal
+    ends it."""
 
     def stop(number: int, _frame: object) -> None:
         sys.exit(128 + number)
 
-    process = subprocess.Popen(command, cwd=folder, pass_fds=(lock,), start_new_session=True)
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        return process.wait()
+        process = subprocess.Popen(command, cwd=folder, pass_fds=(lock,), start_new_session=True)
+        try:
+            return process.wait()
+        finally:
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)
+            for ending in (signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, ending)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_GRACE_S)
     finally:
-        signal.signal(signal.SIGTERM, before)
-        for ending in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, ending)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE_S)
+        for number, handler in before.items():
+            signal.signal(number, handler)

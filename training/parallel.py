@@ -119,19 +119,28 @@ class Devices:
         Raises:
             AttnEditError: on the others, if it failed on the main process.
         """
-        failed = torch.zeros(())
+        if not self.main:
+            if self._failed(0):
+                raise AttnEditError("the main process", "failed", "see its message")
+            return make()
         try:
-            if self.main:
-                made = make()
+            made = make()
         except BaseException:
-            failed += 1
+            with contextlib.suppress(AttnEditError):  # what is wrong here is what counts
+                self._failed(1)
             raise
-        finally:
-            if self._patient is not None:
-                dist.all_reduce(failed, group=self._patient)
-        if failed:
-            raise AttnEditError("the main process", "failed", "see its message")
-        return made if self.main else make()
+        self._failed(0)
+        return made
+
+    def _failed(self, here: int) -> bool:
+        """Whether something failed on some process, once all have said so."""
+        flag = torch.tensor(float(here))
+        if self._patient is not None:
+            try:
+                dist.all_reduce(flag, group=self._patient)
+            except RuntimeError as error:
+                raise AttnEditError("another process", "ended", "see its message") from error
+        return bool(flag)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the processes, in place."""

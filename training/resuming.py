@@ -62,6 +62,8 @@ def choose_checkpoint(folder: Path, requested: str) -> Path | None:
         return None
     path = Path(requested)
     if path.resolve() in [older.resolve() for older in own[:-1]]:
+        if read_state(own[-1])["config"].get("checkpoint.resume") == requested:
+            return own[-1]  # the run went on from there, and does so again
         fix = f"remove the newer ones, {own[-1]} last, or name another output folder"
         raise AttnEditError("checkpoint.resume", requested, fix)
     if requested == "auto" or own:

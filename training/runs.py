@@ -22,6 +22,7 @@ from training.models import (
     Trunk,
     load_student,
     load_teacher,
+    select_trained,
     student_folder,
     unpack_student,
 )
@@ -156,10 +157,12 @@ def _make_stage(
     store.close()
     wide = torch.float32 if torch.float32 in stored else devices.compute_dtype
     model = load_student(str(folder), dtype=wide, attention=packed)
+    # Here already, so that the frozen rest is not moved as float32.
+    select_trained(model, config.stage2.trainable == "all", devices.compute_dtype)
     cache = None
     if config.stage2.cache:
         identity = {
-            "teacher": fingerprint,
+            "teacher_weights": fingerprint,
             "data": reader.hash,
             "order": config.seed,
             "length": config.data.sequence_length,

@@ -119,8 +119,10 @@ class TopKCache:
                 write_json(about, {"identity": digest(identity), **identity})
         found = read_json(about, "stage2.cache")
         if found.get("identity") != digest(identity):
-            changed = [name for name, value in identity.items() if found.get(name) != value]
-            fix = f"use another folder: this one was filled with another {' and '.join(changed)}"
+            known = {name: found[name] for name in identity if name in found}
+            changed = [name for name, value in known.items() if value != identity[name]]
+            filled = f"with another {' and '.join(changed)}" if changed else "by an earlier version"
+            fix = f"use another folder: this one was filled {filled}"
             raise AttnEditError("stage2.cache", folder, fix)
 
     def _path(self, sequence: int) -> Path:

@@ -42,6 +42,7 @@ def engine(checkpoint: Path, **overrides: Any) -> Iterator[LLM]:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
             del llm
+        torch.set_default_dtype(torch.float32)  # a start that failed leaves its own
         # Also after a failed start: it leaves the process groups behind.
         cleanup_dist_env_and_memory()
 

@@ -83,13 +83,15 @@ def test_a_quantised_checkpoint_must_be_whole_too(
 
 
 def test_experts_that_other_ranks_have_need_not_come():
-    """vLLM can leave them out of a rank's stream; but what the rank holds must be whole."""
+    """vLLM can leave them out of a rank's stream; but what the rank holds, here the second of two,
+    must be whole."""
     config = tiny_edited("qwen3_moe").config
-    mlp, held = nn.Module(), 2
+    mlp, held = nn.Module(), config.num_experts // 2
+    mine = range(held, config.num_experts)
     mlp.experts = nn.Module()
     for name, width in (("w13_weight", 2), ("w2_weight", 1)):
         parameter = nn.Parameter(torch.zeros(held, width), requires_grad=False)
-        parameter.weight_loader = lambda *_, expert_id, **__: expert_id < held  # type: ignore[attr-defined]
+        parameter.weight_loader = lambda *_, expert_id, **__: expert_id in mine  # type: ignore[attr-defined]
         mlp.experts.register_parameter(name, parameter)
     model = nn.Module()
     model.model = nn.Module()
@@ -102,22 +104,27 @@ def test_experts_that_other_ranks_have_need_not_come():
         wanted = {n for n in loader.expected if int(n.split(".")[5]) in experts} - {left_out}
         loader.load((name, torch.zeros(loader.expected[name])) for name in wanted)
 
-    name = "model.layers.0.mlp.experts.1.up_proj.weight"
-    load("", range(held))
+    name = f"model.layers.0.mlp.experts.{held}.up_proj.weight"
+    load("", mine)
     load("", range(config.num_experts))
-    for experts in (range(held), range(config.num_experts)):
-        with pytest.raises(AttnEditError, match=f"{re.escape(name)}: missing: "):
-            load(name, experts)
+    with pytest.raises(AttnEditError, match=f"^{re.escape(name)}: missing: "):
+        load(name, range(config.num_experts))
+    with pytest.raises(AttnEditError, match=rf"w13_weight, w3 of 1 of its {held} experts: missing"):
+        load(name, mine)
 
 
 def test_graphs_are_cached_by_how_layers_are_served(tmp_path: Path):
     """Two ways to serve one checkpoint, which vLLM's own hash cannot tell apart."""
     folder = tiny_edited_checkpoint(tiny_edited("qwen3"), tmp_path)
-    hashes = []
+    noted = []
     for options in ({}, {}, {"disable_hybrid_kv_cache_manager": True}):
         with engine(folder, **options) as llm:
-            hashes.append(llm.llm_engine.vllm_config.compute_hash())
-    assert hashes[0] == hashes[1] != hashes[2]
+            config = llm.llm_engine.vllm_config
+            noted.append(dict(config.additional_config))
+            before = config.compute_hash()
+            config.additional_config.update(noted[0])
+            assert (config.compute_hash() == before) == (not options)
+    assert noted[0] == noted[1] != noted[2]
 
 
 def test_a_tied_head_stored_twice_is_accepted(tmp_path: Path):

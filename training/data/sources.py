@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
@@ -45,10 +46,13 @@ def source_files(source: SourceConfig, field: str) -> list[Path]:
 
 def describe_source(source: SourceConfig, field: str) -> dict[str, Any]:
     """What identifies a source's content: its settings, and the hash of each file."""
+    found = source_files(source, field)
     base = Path(source.path)
+    if not base.is_dir() and len({file.name for file in found}) < len(found):
+        base = Path(os.path.commonpath(found))  # a glob over folders with files of one name
     files = {
-        file.relative_to(base).as_posix() if base.is_dir() else file.name: sha256_of(file)
-        for file in source_files(source, field)
+        file.relative_to(base).as_posix() if base in file.parents else file.name: sha256_of(file)
+        for file in found
     }
     settings = {k: v for k, v in asdict(source).items() if v is not None}
     # Where the files lie says nothing about what they hold.
@@ -107,7 +111,8 @@ def _json_records(file: Path, field: str) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(chain(filter(None, (first, second)), whole), 1):
                 yield f"{file}, record {number}", json.loads(line)
     except (OSError, ValueError) as error:
-        fix = f"give JSON lines, or one JSON array: behind record {number}, {error}"
+        behind = f"behind record {number}, " if number else ""
+        fix = f"give JSON lines, or one JSON array: {behind}{error}"
         raise AttnEditError(f"{field}.path", file, fix) from error
 
 
@@ -128,8 +133,10 @@ def _text_of(record: Any, source: SourceConfig, where: str) -> str:
         return record
     if isinstance(record, Mapping):
         for name in names:
-            if name in record and isinstance(record[name], str | None):
-                return record[name] or ""
+            if isinstance(record.get(name), str):
+                return str(record[name])
+        if any(name in record and record[name] is None for name in names):
+            return ""
     raise AttnEditError(
         where, f"no text in {' or '.join(names)}", "name the field as the source's column"
     )

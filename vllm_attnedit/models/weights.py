@@ -30,9 +30,12 @@ _FUSED = {
 _FUSED_NAME = re.compile(r"\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.")
 _EXPERTS = ".experts."
 _EXPERT_NAME = re.compile(r"experts\.\d+\.\w+\.")
-# What a quantised checkpoint may leave out: scales that are made on loading or are one by default,
-# and the order of groups, which is the natural one then.
-_OPTIONAL = re.compile(r"(_scale|_scale_inv|_zero_point|\.g_idx)$")
+# What a quantised checkpoint may leave out: scales of inputs and of the KV cache, which are one or
+# computed then, and the order of groups, the natural one then; methods of experts keep room for it
+# whether or not there is any.
+_OPTIONAL = re.compile(
+    r"((?<!weight)_scale|_zero_point|\.g_idx|\.experts\..*g_idx(_sort_indices)?)$"
+)
 _FIX_CHECKPOINT = "write the checkpoint again with `attnedit edit`, or copy it again"
 
 
@@ -172,7 +175,12 @@ class WeightLoader:
         absent = []
         for shard, tensors in by_shard.items():
             lacking = held - sum(s == shard for s, _ in came)
-            absent += tensors[:lacking]  # with expert parallelism: as many as these
+            if lacking <= 0:
+                continue
+            unseen = [tensor for tensor in tensors if tensor not in self.seen]
+            # Of a stream without other ranks' experts it is not known which are this one's.
+            some = [f"{name}, {shard} of {lacking} of its {held} experts"]
+            absent += unseen if len(unseen) == lacking else some
         return absent
 
     def _missing_parts(self, name: str) -> list[str]:

@@ -113,7 +113,9 @@ def test_records_that_are_lists_are_lines_or_an_array(tmp_path):
 
 
 def test_a_record_without_text_is_left_out(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "one"}\n{"text": null}\n{"text": null, "content": "two"}\n'
+    )
     assert [i for i in items(source("text", tmp_path / "a.jsonl")) if i] == ["one", "two"]
 
 
@@ -135,10 +137,11 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
         prepare_shards(data, tmp_path / "shards", tokenizer)
 
 
-def test_files_of_one_name_are_told_apart(tmp_path):
+@pytest.mark.parametrize("path", ["docs", "docs/*/index.rst"])
+def test_files_of_one_name_are_told_apart(tmp_path, path):
     for name in ("a", "b"):
         write_text(tmp_path / "docs" / name / "index.rst", 60, seed=ord(name))
-    data = DataConfig(sources=[source("text", tmp_path / "docs")])
+    data = DataConfig(sources=[source("text", tmp_path / path)])
     prepare_shards(data, tmp_path / "shards", tiny_tokenizer())
     write_text(tmp_path / "docs/a/index.rst", 60, seed=7)
     with pytest.raises(AttnEditError, match="other sources"):

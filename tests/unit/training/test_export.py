@@ -128,6 +128,16 @@ def test_stages_add_up(tmp_path, pair, text):
     assert provenance["init"] == "inherit"
 
 
+def test_an_edit_that_a_run_starts_from_is_not_overwritten(tmp_path, pair, text):
+    teacher, student = pair
+    edit = tmp_path / "run" / "edit.safetensors"
+    edit.parent.mkdir()
+    save_edit(student, edit)
+    config = small_config(tmp_path / "run", teacher, edit, text, checkpoint={"export": "edit"})
+    with pytest.raises(AttnEditError, match=r"output: .*take the place of the student"):
+        train(config, "stage1")
+
+
 @pytest.mark.parametrize("field", ["teacher", "student"])
 def test_a_result_takes_nobodys_place(tmp_path, pair, text, field):
     """Refused before anything is trained."""
