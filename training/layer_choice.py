@@ -68,6 +68,12 @@ def read_windows(
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
+def window_edit(layers: int, full: tuple[int, ...], window: int) -> AttentionEdit:
+    """Windows everywhere but in some layers, without a gate: needs no new tensor."""
+    types = tuple(FULL if layer in full else SLIDING for layer in range(layers))
+    return AttentionEdit(layer_types=types, sliding_window=window if SLIDING in types else None)
+
+
 class Trial:
     """The loss of a teacher under any pattern of full and window layers.
 
@@ -98,11 +104,9 @@ class Trial:
     def loss(self, full: tuple[int, ...]) -> float:
         """Mean loss in nats a token when these layers are full and the others have windows."""
         layers = self._teacher.layers
-        types = tuple(FULL if layer in full else SLIDING for layer in range(len(layers)))
-        window = self._window if SLIDING in types else None
-        edit = AttentionEdit(layer_types=types, sliding_window=window)
+        edit = window_edit(len(layers), full, self._window)
         self._teacher.lm.config.attention_edit = edit.to_dict()
-        for layer, layer_type in zip(layers, types):
+        for layer, layer_type in zip(layers, edit.layer_types):
             attn: Any = layer.self_attn
             attn.sliding_window = self._window if layer_type == SLIDING else None
         device = self._teacher.head.device

@@ -17,8 +17,9 @@ from training.config import Config, PasskeyConfig
 from training.evaluation.intervals import Estimate
 from training.evaluation.rows import Measurement, Table
 from training.evaluation.suite import Suite
-from training.evaluation.variants import Variant, load_with_sinks, window_edit
+from training.evaluation.variants import Variant, load_with_sinks
 from training.files import digest, write_json
+from training.layer_choice import window_edit
 from training.models import load_student, load_teacher, load_tokenizer, teacher_source
 from training.options import config_from_dict
 from training.parallel import Devices

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from training.config import Config
 from training.export import EDIT_FILE, MODEL_FOLDER
-from training.layer_choice import choose_full_layers
+from training.layer_choice import choose_full_layers, window_edit
 from training.models import (
     load_student,
     load_teacher,
@@ -29,7 +29,7 @@ from training.models import (
     teacher_source,
     unpack_student,
 )
-from vllm_attnedit.config import FULL, SLIDING, AttentionEdit, AttnEditConfig
+from vllm_attnedit.config import SLIDING, AttentionEdit, AttnEditConfig
 from vllm_attnedit.errors import AttnEditError
 from vllm_attnedit.hf import AttnEditForCausalLM
 
@@ -87,12 +87,6 @@ def sink_attention(
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     output, _none = sdpa(module, query, key, value, mask, scaling=scaling, is_causal=mask is None)
     return output, None
-
-
-def window_edit(layers: int, full: tuple[int, ...], window: int) -> AttentionEdit:
-    """Windows everywhere but in some layers, without a gate: needs no new tensor."""
-    types = tuple(FULL if layer in full else SLIDING for layer in range(layers))
-    return AttentionEdit(layer_types=types, sliding_window=window if SLIDING in types else None)
 
 
 def load_with_sinks(

@@ -10,8 +10,13 @@ import torch
 
 from tests.unit.training.small import small_config
 from training.evaluation.text import window_losses
-from training.evaluation.variants import window_edit
-from training.layer_choice import choose_full_layers, read_windows, report_choice, select
+from training.layer_choice import (
+    choose_full_layers,
+    read_windows,
+    report_choice,
+    select,
+    window_edit,
+)
 from training.models import load_teacher, load_tokenizer
 from vllm_attnedit.errors import AttnEditError
 

@@ -15,8 +15,8 @@ from training.evaluation.variants import (
     make_variants,
     sink_attention,
     unpack_edits,
-    window_edit,
 )
+from training.layer_choice import window_edit
 from training.models import load_teacher, student_config
 from training.runs import train
 from vllm_attnedit.errors import AttnEditError
