@@ -136,6 +136,10 @@ def _model(
     block_size: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
+    edit = getattr(config, "edit", None)
+    if settings.get("kv_dtype") == "fp8" and edit is not None and edit.per_head_norm:
+        fix = "use auto: with qk_norm per_head the cache holds float32 factors, and is never FP8"
+        raise AttnEditError("kv_dtype", "fp8", fix)
     layers = kv_layers(config)
     windows = {layer.window for layer in layers if layer.window is not None}
     per_gpu = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 import time
@@ -33,7 +34,9 @@ def main() -> int:
     try:
         _say("teacher: SmolLM2-135M-Instruct (93 MB, fetched unless it is there)")
         teacher = fetch_teacher(cache)
-        edited = _edit(teacher, cache / "edited" / "SmolLM2-135M-Instruct-gateswa-trained")
+        # Named by the edit: a newer one does not find the older one's.
+        digest = hashlib.sha256(EDIT.read_bytes()).hexdigest()[:8]
+        edited = _edit(teacher, cache / "edited" / f"SmolLM2-135M-Instruct-gateswa-{digest}")
         _ask(edited, options.question, cache / "serve.log")
         _report(edited)
     except (CommandFailed, ValueError) as error:

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from tests.unit.command import Attnedit, attnedit
 from tests.unit.tiny import tiny_config, tiny_edit
+from tests.unit.tiny_edited import tiny_edited, tiny_edited_checkpoint
 from vllm_attnedit.cli.quantities import format_bytes, parse_bytes, parse_counts
 from vllm_attnedit.config import AttnEditConfig
 from vllm_attnedit.edit.patterns import EditPlan, build_edit
@@ -185,6 +186,14 @@ def test_bad_checkpoints(
     folder = edited(tmp_path / "e", "gateswa")
     assert "leave it out" in attnedit.refused("kv", folder, "--target", "mla")
     assert "--teacher" in attnedit.refused("kv", folder, "--teacher", empty)
+
+
+def test_a_per_head_norm_has_no_fp8_cache(attnedit: Attnedit, tmp_path: Path) -> None:
+    folder = tiny_edited_checkpoint(
+        tiny_edited("qwen3", tiny_edit("mla", qk_norm="per_head")), tmp_path / "norm"
+    )
+    line = attnedit.refused("kv", folder, "--kv-dtype", "fp8")
+    assert line.startswith("attnedit: --kv-dtype: fp8: use auto")
 
 
 @pytest.mark.parametrize(

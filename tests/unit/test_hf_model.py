@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from tests.unit.tiny import FAMILY_NAMES, tiny_edit
 from tests.unit.tiny_edited import tiny_edited
@@ -152,6 +152,31 @@ def test_cached_chunks_equal_one_pass(window: int, chunks: list[int], implementa
         cache = step.past_key_values
         parts.append(step.logits)
     assert torch.allclose(torch.cat(parts, 1), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("window", [1, 4, 16])
+@pytest.mark.parametrize("kind", ["everything", "static"])
+def test_any_cache_of_transformers_will_do(window: int, kind: str):
+    """Also one that knows nothing of windows and keeps all keys."""
+    model = tiny_edited("llama", tiny_edit("gateswa", window=window))
+    ids = prompt(20)
+    cache = DynamicCache() if kind == "everything" else StaticCache(model.config, max_cache_len=32)
+    with torch.no_grad():
+        steps = [model(part, past_key_values=cache, use_cache=True) for part in ids.split(7, dim=1)]
+    parts = [step.logits for step in steps]
+    assert torch.allclose(torch.cat(parts, 1), logits(model, ids), atol=2e-4)
+
+
+def test_a_static_cache_keeps_the_factors_of_a_per_head_norm():
+    """They are float32 beside latents of bfloat16, and a static layer has one dtype."""
+    model = tiny_edited("qwen3", tiny_edit("mla", qk_norm="per_head")).bfloat16()
+    ids, outputs = prompt(11), []
+    for cache in (DynamicCache(), StaticCache(model.config, max_cache_len=16)):
+        with torch.no_grad():
+            first = model(ids[:, :8], past_key_values=cache, use_cache=True).logits
+            second = model(ids[:, 8:], past_key_values=cache, use_cache=True).logits
+        outputs.append(torch.cat([first, second], 1))
+    torch.testing.assert_close(outputs[0], outputs[1], atol=0.2, rtol=0.05)
 
 
 def test_window_layers_cache_only_their_window():

@@ -147,6 +147,9 @@ def check_device(host: Host) -> Finding:
         return _not_checked("torch does not start")
     platform = None if isinstance(host.registry, ProbeError) else host.registry["platform"]
     device = host.device or platform or "cpu"
+    if device not in _BUILDS:
+        mend = f"install vLLM {SUPPORTED_VLLM} for one of {', '.join(_BUILDS)}"
+        return Finding("fail", f"nothing here serves on {device}", mend)
     if device != "cpu":
         missing = _missing_accelerator(host, device)
         if missing:

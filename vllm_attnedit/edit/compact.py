@@ -82,7 +82,11 @@ class CompactEdit:
         self, store: SafetensorsStore, config: AttnEditConfig, layers: list[dict[str, Shape]]
     ) -> None:
         self._store, self._metadata = store, store.metadata()
-        self.dtype: torch.dtype = getattr(torch, self._metadata["attention_dtype"])
+        dtype = getattr(torch, self._metadata.get("attention_dtype", ""), None)
+        hashes = self._metadata.keys() >= {"stored_sha256", "attention_sha256"}
+        if not isinstance(dtype, torch.dtype) or not hashes:
+            raise AttnEditError("--from-edit", "damaged header", "get the file again")
+        self.dtype: torch.dtype = dtype
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(shape, self.dtype, 0)
             for shapes in layers

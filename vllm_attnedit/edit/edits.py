@@ -199,6 +199,10 @@ class _Saved:
         return f"apply this edit to its own teacher, {name}"
 
 
+_NEEDED = ("dtype", "teacher_fingerprint")
+"""What the header of a saved edit has beside its format and configuration."""
+
+
 def _open_edit(path: str | Path, option: str, formats: tuple[str, ...]) -> _Saved:
     path = Path(path)
     if not path.is_file():
@@ -207,7 +211,18 @@ def _open_edit(path: str | Path, option: str, formats: tuple[str, ...]) -> _Save
     metadata = store.metadata()
     if metadata.get("attnedit_format") not in formats or "config" not in metadata:
         raise AttnEditError(option, path, f"not a saved edit; {_FIX_FORMAT}")
-    return _Saved(store, metadata, AttnEditConfig.from_dict(json.loads(metadata["config"])))
+    try:
+        config = AttnEditConfig.from_dict(json.loads(metadata["config"]))
+    except AttnEditError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise AttnEditError(
+            option, path, f"its header is damaged ({error}); {_FIX_FORMAT}"
+        ) from error
+    absent = [name for name in _NEEDED if name not in metadata]
+    if absent:
+        raise AttnEditError(option, path, f"its header lacks {absent[0]}; {_FIX_FORMAT}")
+    return _Saved(store, metadata, config)
 
 
 def _check_teacher(teacher: Teacher, saved: _Saved, dtypes: dict[str, torch.dtype]) -> Shards:

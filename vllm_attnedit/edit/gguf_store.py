@@ -92,6 +92,8 @@ class GgufStore:
         try:
             about = path.stat()
             self._reader, config = _read(path.absolute(), about.st_size, about.st_mtime_ns)
+        except AttnEditError:
+            raise  # an architecture that is not supported
         except (ValueError, KeyError, IndexError, OSError) as error:
             fix = "download the file again, it is truncated or no GGUF file"
             raise AttnEditError(path.name, error, fix) from error
@@ -115,6 +117,12 @@ class GgufStore:
         """The configuration with what transformers leaves out."""
         prefix = self._architecture
         scaling = _field(self._reader, f"{prefix}.rope.scaling.type")
+        # Older files state the factor of a linear scaling, and no type.
+        factors = (
+            _field(self._reader, f"{prefix}.rope.{k}") for k in ("scaling.factor", "scale_linear")
+        )
+        if scaling is None and any(factor not in (None, 0, 1) for factor in factors):
+            scaling = "linear"
         if scaling not in (None, "none") or any(
             t.name == "rope_freqs.weight" for t in self._reader.tensors
         ):

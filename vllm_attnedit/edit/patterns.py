@@ -162,6 +162,10 @@ def _latent_edit(plan: EditPlan, config: Any, gate: str | None) -> AttentionEdit
     if plan.qk_norm is not None and not get_family(config.model_type).qk_norm:
         fix = f"leave it out: {config.model_type} has no QK-norm to keep"
         raise AttnEditError("--qk-norm", plan.qk_norm, fix)
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if rope_type == "longrope" and rope != head_dim:
+        fix = f"use {head_dim}: the teacher's longrope has factors for rotated keys of that width"
+        raise AttnEditError("--qk-rope-head-dim", rope, fix)
     if rope % 2:
         raise AttnEditError("--qk-rope-head-dim", rope, "give an even width: RoPE rotates pairs")
     if plan.v_head_dim not in (None, head_dim):

@@ -88,9 +88,19 @@ def open_teacher(source: str | Path, revision: str | None = None) -> Iterator[Te
         teacher.store.close()
 
 
+def _load_tokenizer(name: str, folder: Path, **options: Any) -> Any:
+    """Raises AttnEditError where transformers has an error of its own for each way to be broken."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        fix = f"give a teacher with a tokenizer that transformers reads ({reason[0][:120]})"
+        raise AttnEditError("tokenizer", name, fix) from error
+
+
 def _open_folder(folder: Path, name: str, revision: str | None) -> Teacher:
     def load_tokenizer() -> Any:
-        return AutoTokenizer.from_pretrained(folder)
+        return _load_tokenizer(name, folder)
 
     config = read_config(folder)
     return Teacher(
@@ -124,7 +134,7 @@ def _open_gguf(path: Path) -> Teacher:
     store = GgufStore(path)
 
     def load_tokenizer() -> Any:
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return _load_tokenizer(path.name, path.parent, gguf_file=path.name)
 
     def write_files(target: Path) -> None:
         load_tokenizer().save_pretrained(target)

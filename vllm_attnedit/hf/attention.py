@@ -141,8 +141,9 @@ class GatedAttention(EditedAttention):
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-            if self.sliding_window is not None:
-                # A cache may keep more than a window of 1 needs; masks are sized for W - 1 + T.
+            if self.sliding_window is not None and past_key_values.is_sliding[self.layer_idx]:
+                # It may keep more than a window of 1 needs; masks are sized for W - 1 + T. Other
+                # caches keep everything, and so do the masks.
                 visible = self.sliding_window - 1 + tokens
                 key, value = key[:, :, -visible:], value[:, :, -visible:]
         return self.attend(hidden_states, query, key, value, attention_mask, **kwargs)

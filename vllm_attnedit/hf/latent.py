@@ -107,7 +107,10 @@ class LatentAttention(EditedAttention):
             # Cached in place of keys and values: one latent and one RoPE key a token, and with a
             # per-head norm the factor of every head behind the latter.
             beside = k_pe if inverse is None else torch.cat([k_pe, inverse], dim=-1)
-            latent, beside = past_key_values.update(latent, beside, self.layer_idx)
+            # A static cache has one dtype for both.
+            latent_dtype = latent.dtype
+            latent, beside = past_key_values.update(latent.to(beside.dtype), beside, self.layer_idx)
+            latent = latent.to(latent_dtype)
             k_pe = beside[..., : self.qk_rope_head_dim]
             if inverse is not None:
                 inverse = beside[..., self.qk_rope_head_dim :]

@@ -89,6 +89,10 @@ def tuned_backend(
     """
     capability = current_platform.get_device_capability()
     assert capability is not None and edit.kv_lora_rank and edit.qk_rope_head_dim
+    dtype = vllm_config.cache_config.cache_dtype
+    if dtype.startswith("fp8") and tuple(capability) < (8, 9):
+        fix = "use auto: Triton has FP8 on GPUs of compute capability 8.9 and later alone"
+        raise AttnEditError("--kv-cache-dtype", dtype, fix)
     latent = f"latents of {edit.kv_lora_rank} + {edit.qk_rope_head_dim}"
     kernel = engine_kernel(
         capability_major=capability.major,

@@ -107,6 +107,8 @@ def kernel_reason(vllm_config: VllmConfig) -> str | None:
         raise AttnEditError("--block-size", cache.block_size, f"use a multiple of {BLOCK_MULTIPLE}")
     if cache.cache_dtype not in KERNEL_CACHE_DTYPES:
         return f"the window kernels do not read a KV cache of {cache.cache_dtype}"
+    if cache.cache_dtype.startswith("fp8") and not current_platform.has_device_capability(89):
+        return "Triton has FP8 on GPUs of compute capability 8.9 and later alone"
     if cache.calculate_kv_scales:
         return "--calculate-kv-scales is done by vLLM's own attention"
     if envs.VLLM_BATCH_INVARIANT:

@@ -177,9 +177,9 @@ def check_batch(
             tuple(block_table.shape),
             f"pass ({requests}, max_blocks)",
         )
-        check_adjacent(block_table, "block_table")
     for field, x in named.items():
         require(x.dtype == torch.int32, f"{field}.dtype", x.dtype, "use int32")
+        check_adjacent(x, field)
         check_device(x, q, field)
 
 

@@ -115,6 +115,19 @@ def test_damage_is_noticed(made, tmp_path):
         apply_edit(teacher, compact, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("stored_sha256", None), ("attention_dtype", "bfloat17")]
+)
+def test_a_damaged_header_is_noticed(made, tmp_path, name, value):
+    teacher, _, _, compact = made
+    with safe_open(compact, framework="pt") as file:
+        header = {**file.metadata(), name: value}
+    header = {key: text for key, text in header.items() if text is not None}
+    save_file(load_file(compact), tmp_path / "damaged", metadata=header)
+    with pytest.raises(AttnEditError, match=r"--from-edit: damaged header: get the file again"):
+        apply_edit(teacher, tmp_path / "damaged", tmp_path / "out")
+
+
 def test_what_cannot_be_compact(made, tmp_path):
     teacher, _, _, compact = made
     with pytest.raises(AttnEditError, match=r"--compact-edit: .*not a saved edit"):

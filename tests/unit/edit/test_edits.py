@@ -92,6 +92,24 @@ def test_files_that_are_no_edits(teacher_of, tmp_path):
         save_edit(teacher_of("llama"), tmp_path / "edit")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": "{"}, "header is damaged"),
+        ({"teacher_fingerprint": None}, "header lacks teacher_fingerprint"),
+    ],
+)
+def test_a_damaged_header_is_one_line(teacher_of, tmp_path, change, message):
+    edit_checkpoint(teacher_of("llama"), tmp_path / "whole", EditPlan(target="gateswa", window=4))
+    save_edit(tmp_path / "whole", tmp_path / "edit")
+    with safe_open(tmp_path / "edit", framework="pt") as file:
+        header = {**file.metadata(), **change}
+    header = {name: value for name, value in header.items() if value is not None}
+    save_file(load_file(tmp_path / "edit"), tmp_path / "edit", metadata=header)
+    with pytest.raises(AttnEditError, match=rf"--from-edit: .*{message}"):
+        apply_edit(teacher_of("llama"), tmp_path / "edit", tmp_path / "out")
+
+
 def test_the_same_weights_in_another_container_are_the_same_teacher(teacher_of, tmp_path):
     """Sharding and the folder's name are no part of a teacher's identity."""
     single = tiny_teacher("qwen3", tmp_path / "single")

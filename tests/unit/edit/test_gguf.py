@@ -138,19 +138,24 @@ def test_output_is_cut_where_the_file_is_no_guide(teacher_of, tmp_path, monkeypa
 
 
 def test_files_that_cannot_be_read_rightly_are_refused(tmp_path):
-    def write(name: str, architecture: str, scaling: bool) -> None:
+    def write(name: str, architecture: str, scaling: bool, factor: float = 0) -> None:
         writer = gguf.GGUFWriter(tmp_path / name, architecture)
         writer.add_block_count(1)
         if scaling:
             writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        if factor:
+            writer.add_float32(f"{architecture}.rope.scale_linear", factor)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
     write("gemma.gguf", "gemma3", scaling=False)
-    with pytest.raises(AttnEditError, match=r"general\.architecture: gemma3: use a teacher of a"):
+    with pytest.raises(AttnEditError, match=r"^general\.architecture: gemma3: use a teacher of a"):
         GgufStore(tmp_path / "gemma.gguf")
+    write("linear.gguf", "qwen3", scaling=False, factor=4)
+    with pytest.raises(AttnEditError, match=r"rope scaling: linear: use the safetensors"):
+        GgufStore(tmp_path / "linear.gguf")
     write("yarn.gguf", "qwen3", scaling=True)
     with pytest.raises(AttnEditError, match=r"rope scaling: yarn: use the safetensors checkpoint"):
         GgufStore(tmp_path / "yarn.gguf")

@@ -117,3 +117,17 @@ def test_wishes_that_do_not_fit(wish, message):
 def test_random_latents_may_be_wider_than_what_the_teacher_has():
     plan = EditPlan(target="mla", init="random", kv_lora_rank=512, qk_rope_head_dim=64)
     assert build_edit(plan, tiny_config()).kv_lora_rank == 512
+
+
+def test_longrope_has_factors_for_one_width():
+    fields = QWEN3_8B | {
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0,
+            "original_max_position_embeddings": 4096,
+            "short_factor": [1.0] * 64, "long_factor": [2.0] * 64,
+        },
+    }  # fmt: skip
+    config = tiny_config("qwen3", **fields)
+    with pytest.raises(AttnEditError, match=r"--qk-rope-head-dim: 64: use 128"):
+        build_edit(EditPlan(target="mla"), config)
+    assert build_edit(EditPlan(target="mla", qk_rope_head_dim=128), config).qk_rope_head_dim == 128

@@ -254,3 +254,10 @@ def test_disk_full_while_writing(refused, teacher_of, monkeypatch, call):
     assert line.endswith(
         "No space left on device: free space or choose another disk; nothing was left behind"
     )
+
+
+def test_a_teacher_without_a_tokenizer(refused, tmp_path, teacher):
+    for file in teacher.glob("tokenizer*"):
+        file.unlink()
+    line = refused(teacher, "--target", "mla")
+    assert line.startswith("tokenizer: teacher: give a teacher with a tokenizer that transformers")

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWi
 
 from vllm_attnedit import AttnEditError
 from vllm_attnedit.kv_cache.spec import GateSWASpec
+from vllm_attnedit.layers import window as window_layer
 from vllm_attnedit.layers.window import BACKEND_OPTION, kernel_reason, stock_reason
 
 SHAPE: dict[str, Any] = {
@@ -134,10 +135,21 @@ def cuda_settings(
         ({"cache_dtype": "fp8", "calculate_kv_scales": True}, "--calculate-kv-scales"),
     ],
 )
-def test_what_the_cuda_kernels_leave_to_stock(changes: dict, reason: str | None):
+def test_what_the_cuda_kernels_leave_to_stock(
+    changes: dict, reason: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    platform = SimpleNamespace(has_device_capability=lambda number: number <= 90)
+    monkeypatch.setattr(window_layer, "current_platform", platform)
     found = kernel_reason(cuda_settings(**changes))
     assert (found is None) == (reason is None)
     assert reason is None or reason in str(found)
+
+
+def test_fp8_needs_a_device_that_has_it(monkeypatch: pytest.MonkeyPatch):
+    platform = SimpleNamespace(has_device_capability=lambda number: number <= 86)
+    monkeypatch.setattr(window_layer, "current_platform", platform)
+    assert "8.9" in str(kernel_reason(cuda_settings(cache_dtype="fp8")))
+    assert kernel_reason(cuda_settings()) is None
 
 
 def test_batch_invariance_is_left_to_stock(monkeypatch: pytest.MonkeyPatch):

@@ -244,3 +244,23 @@ def test_kv_write_norms_each_head():
     kv_write(q, q.clone(), q.clone(), *caches, slots, q_weight=weight, k_weight=weight, eps=1e-5)
     torch.testing.assert_close(q, expected)
     torch.testing.assert_close(caches[0][1, 1:3], expected)
+
+
+def test_a_padding_request_has_more_queries_than_tokens():
+    """What comes out of it is nobody's; the request after it is not disturbed."""
+    q, k, v = sequence(6)
+    pages = in_pages(k, v)
+    pages["block_table"] = pages["block_table"].repeat(2, 1)
+    out = gateswa_prefill(
+        q.repeat(2, 1, 1),
+        k.repeat(2, 1, 1),
+        v.repeat(2, 1, 1),
+        pages["key_cache"],
+        pages["value_cache"],
+        pages["block_table"],
+        torch.tensor([0, 6], dtype=torch.int32),
+        torch.tensor([0, 6, 12], dtype=torch.int32),
+        sliding_window=4,
+        scale=WIDTH**-0.5,
+    )
+    torch.testing.assert_close(out[6:], textbook(q, k, v, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from importlib import import_module
 from typing import Any
 
@@ -57,8 +58,8 @@ def _triton() -> dict[str, Any] | None:
         return _error(error)
     try:
         target = driver.active.get_current_target().backend
-    except RuntimeError:  # "0 active drivers"
-        target = None
+    except (RuntimeError, OSError, subprocess.SubprocessError):
+        target = None  # "0 active drivers", or a stub that does not compile
     return {"version": triton.__version__, "driver": target}
 
 

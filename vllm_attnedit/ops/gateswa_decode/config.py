@@ -81,6 +81,7 @@ def decode_config(
         multiprocessors: of the device.
     """
     rows = min(64, power_of_two(max(16, group * max_query_len)))
+    rows = max(rows, power_of_two(group))  # the heads of one KV head stand in one tile
     tokens_per_tile = max(1, rows // group)
     tasks = num_requests * num_kv_heads * -(-max_query_len // tokens_per_tile)
     span = window + min(max_query_len, tokens_per_tile) - 1

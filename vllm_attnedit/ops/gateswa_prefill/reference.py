@@ -38,7 +38,7 @@ def gateswa_prefill(
         tokens = chunk.stop - chunk.start
         if tokens == 0:
             continue
-        cached = length - tokens
+        cached = max(0, length - tokens)  # a padding request has more queries than tokens
         tail = torch.arange(max(0, cached - sliding_window + 1), cached)
         keys = torch.cat(
             [read_pages(key_cache, block_table[request], tail, wide, k_scale), k[chunk].to(wide)]
@@ -46,8 +46,9 @@ def gateswa_prefill(
         values = torch.cat(
             [read_pages(value_cache, block_table[request], tail, wide, v_scale), v[chunk].to(wide)]
         ).repeat_interleave(group, dim=1)
-        query_position = torch.arange(cached, length, device=q.device)[:, None]
-        key_position = torch.arange(length - keys.shape[0], length, device=q.device)[None, :]
+        end = cached + tokens
+        query_position = torch.arange(cached, end, device=q.device)[:, None]
+        key_position = torch.arange(end - keys.shape[0], end, device=q.device)[None, :]
         distance = query_position - key_position
         hidden = (distance < 0) | (distance >= sliding_window)
         scores = torch.einsum("qnd,knd->nqk", q[chunk].to(wide), keys) * scale

@@ -84,6 +84,7 @@ def kv_write(
         slot_mapping.dtype == torch.int64, "slot_mapping.dtype", slot_mapping.dtype, "use int64"
     )
     checks.check_device(slot_mapping, k, "slot_mapping")
+    checks.check_adjacent(slot_mapping, "slot_mapping")
     if q is not None:
         checks.check_query(q)
         checks.check_like(q, (tokens, q.shape[1], width), k, "q")
