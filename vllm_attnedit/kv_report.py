@@ -44,6 +44,9 @@ from vllm_attnedit.config import AttnEditConfig
 from vllm_attnedit.edit.patterns import EditPlan, build_edit
 from vllm_attnedit.errors import AttnEditError
 
+_FAR = 1 << 40
+"""Tokens of a request so long that only what grows with it counts."""
+
 
 def build_report(
     checkpoint: str,
@@ -159,13 +162,13 @@ def _model(
                 }
             )
         slope = kv_bytes_per_token(config, tp=tp, **settings)
-        window = max(windows, default=0)
-        at_window = kv_bytes_per_request(config, window, tp=tp, **settings) if window else 0
+        # So far out the stage that holds most is the one that the slope is of.
+        at_far = kv_bytes_per_request(config, _FAR, tp=tp, **settings)
         per_gpu.append(
             {
                 "tp": tp,
                 "bytes_per_token": slope,
-                "window_bytes": at_window - slope * window,
+                "window_bytes": at_far - slope * _FAR,
                 "reduction": None,
                 "more_than_teacher": False,
                 "requests": requests,

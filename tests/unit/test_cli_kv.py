@@ -254,3 +254,15 @@ def test_quantities() -> None:
         "1.00 TiB",
         "2,048.0 TiB",
     ]
+
+
+def test_a_stages_windows_are_those_of_the_fullest_stage(
+    attnedit: Attnedit, tmp_path: Path
+) -> None:
+    """Five stages of 36 layers: (full, window) are (1, 6), (1, 6), (1, 6), (1, 7) and (2, 5)."""
+    folder = edited(tmp_path / "e", "gateswa")
+    whole, stage = (
+        report_of(attnedit, folder, "--pp", pp)["models"][1]["per_gpu"][0] for pp in ("1", "5")
+    )
+    assert stage["bytes_per_token"] * 6 == whole["bytes_per_token"] * 2
+    assert stage["window_bytes"] * 30 == whole["window_bytes"] * 5
