@@ -89,10 +89,6 @@ def tuned_backend(
     """
     capability = current_platform.get_device_capability()
     assert capability is not None and edit.kv_lora_rank and edit.qk_rope_head_dim
-    dtype = vllm_config.cache_config.cache_dtype
-    if dtype.startswith("fp8") and tuple(capability) < (8, 9):
-        fix = "use auto: Triton has FP8 on GPUs of compute capability 8.9 and later alone"
-        raise AttnEditError("--kv-cache-dtype", dtype, fix)
     latent = f"latents of {edit.kv_lora_rank} + {edit.qk_rope_head_dim}"
     kernel = engine_kernel(
         capability_major=capability.major,
@@ -156,7 +152,8 @@ def own_backend(vllm_config: VllmConfig, edit: AttentionEdit) -> type[AttentionB
     """This project's, for the platform at hand.
 
     Raises:
-        AttnEditError: for widths that its kernels do not take, or decode context parallelism.
+        AttnEditError: for what its kernels do not do: some widths, decode context parallelism, FP8
+            on older GPUs, scales that are calculated.
     """
     ranks = vllm_config.parallel_config.decode_context_parallel_size
     if ranks > 1:
@@ -171,10 +168,17 @@ def own_backend(vllm_config: VllmConfig, edit: AttentionEdit) -> type[AttentionB
     ):
         fix = "use auto: qk_norm per_head keeps float32 factors beside the latent"
         raise AttnEditError("--kv-cache-dtype", cache_dtype, fix)
+    if vllm_config.cache_config.calculate_kv_scales:
+        fix = "leave it out: latents are scaled by what the checkpoint says, or by one"
+        raise AttnEditError("--calculate-kv-scales", True, fix)
     if not current_platform.is_cuda():
         from vllm_attnedit.backends.latent_cpu import LatentCPUBackend
 
         return LatentCPUBackend
+    capability = current_platform.get_device_capability()
+    if cache_dtype.startswith("fp8") and capability is not None and tuple(capability) < (8, 9):
+        fix = "use auto: Triton has FP8 on GPUs of compute capability 8.9 and later alone"
+        raise AttnEditError("--kv-cache-dtype", cache_dtype, fix)
     for field, limit in (("kv_lora_rank", MAX_LORA_RANK), ("qk_rope_head_dim", MAX_ROPE_DIM)):
         width = getattr(edit, field)
         if width % 16 or width > limit:

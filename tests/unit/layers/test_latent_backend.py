@@ -76,13 +76,17 @@ def choose(
     cache_dtype: str = "auto",
     named: Any = None,
     use_mla: bool = True,
+    calculate_kv_scales: bool = False,
     dcp: int = 1,
 ) -> type[AttentionBackend]:
     config: Any = SimpleNamespace(
         additional_config={} if option is None else {module.BACKEND_OPTION: option},
         model_config=SimpleNamespace(dtype=dtype, use_mla=use_mla),
         cache_config=SimpleNamespace(
-            cache_dtype=cache_dtype, block_size=16, user_specified_block_size=False
+            cache_dtype=cache_dtype,
+            block_size=16,
+            user_specified_block_size=False,
+            calculate_kv_scales=calculate_kv_scales,
         ),
         attention_config=SimpleNamespace(backend=named),
         parallel_config=SimpleNamespace(decode_context_parallel_size=dcp),
@@ -150,6 +154,11 @@ def test_what_cannot_be_is_refused(cuda, monkeypatch: pytest.MonkeyPatch):
         choose({}, dcp=2)
     with pytest.raises(AttnEditError, match=r"kv_lora_rank: 520: no GPU kernel"):
         choose({"kv_lora_rank": 520})
+    with pytest.raises(AttnEditError, match=r"--calculate-kv-scales: True: leave it out"):
+        choose({}, calculate_kv_scales=True)
+    cuda(AMPERE)
+    with pytest.raises(AttnEditError, match=r"--kv-cache-dtype: fp8: use auto: .* 8\.9"):
+        choose(cache_dtype="fp8")
 
 
 def test_an_engine_keeps_the_kernel_that_loses_least():
