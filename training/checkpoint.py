@@ -20,13 +20,14 @@ from training.files import disk_errors, publish, temporary_of, write_json
 from training.optim import moments, restore_moments
 from training.options import flatten
 from training.parallel import Devices
-from training.parts import PartsReader, check_indexes, indexes, write_parts
+from training.parts import PartsReader, indexes, write_parts
 from training.resuming import (
     STATE,
     check_continuation,
     choose_checkpoint,
     find_checkpoints,
     read_state,
+    read_whole,
 )
 from training.sharded import fill, whole
 from training.stage import Stage
@@ -173,8 +174,7 @@ class Checkpoints:
         path = self.choose(stage.name)
         if path is None:
             return Resumed()
-        state = read_state(path)
-        check_indexes(path, state.get("indexes", ()))
+        state = read_whole(path)
         weights, running = PartsReader(path, "weights-"), PartsReader(path, "optimizer-")
         have_moments = next(iter(running), None) is not None
         for name, parameter in stage.trained.items():

@@ -20,8 +20,8 @@ from training.files import (
     write_json,
 )
 from training.models import student_config, student_folder
-from training.parts import PartsReader, check_indexes
-from training.resuming import find_checkpoints, read_state
+from training.parts import PartsReader
+from training.resuming import find_checkpoints, read_whole
 from vllm_attnedit.config import AttnEditConfig
 from vllm_attnedit.edit import save_edit
 from vllm_attnedit.edit.store import SafetensorsStore
@@ -149,8 +149,7 @@ def write_model(config: Config, checkpoint: Path, out: Path) -> None:
     Weights keep the dtype that the student stores them in.
     """
     base = student_folder(config.student)
-    state = read_state(checkpoint)
-    check_indexes(checkpoint, state.get("indexes", ()))
+    state = read_whole(checkpoint)
     trained = Trained(PartsReader(checkpoint, "weights-"))
     places = trained.names()
     store = SafetensorsStore(base)

@@ -14,8 +14,8 @@ from torch import Tensor
 from training.checkpoint import DTYPES, GENERATORS
 from training.config import Config
 from training.files import atomic_folder, write_json
-from training.parts import PartsReader, check_indexes, indexes, write_parts
-from training.resuming import STATE, read_state
+from training.parts import PartsReader, indexes, write_parts
+from training.resuming import STATE, read_whole
 
 PACKED_FOLDER = "packed"
 
@@ -28,8 +28,7 @@ def repack(config: Config, checkpoint: Path) -> Path:
     Raises:
         AttnEditError: if the checkpoint cannot be read, or the disk cannot take the copy.
     """
-    how, state = config.checkpoint, read_state(checkpoint)
-    check_indexes(checkpoint, state.get("indexes", ()))
+    how, state = config.checkpoint, read_whole(checkpoint)
     limit = int(how.parts_mb * (1 << 20)) if how.parts_mb else None
     weights, moments = PartsReader(checkpoint, "weights-"), PartsReader(checkpoint, "optimizer-")
 

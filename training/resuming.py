@@ -8,6 +8,7 @@ from typing import Any
 from training.config import Config
 from training.files import read_json
 from training.options import flatten
+from training.parts import check_indexes
 from vllm_attnedit.errors import AttnEditError
 
 STATE = "state.json"
@@ -38,6 +39,17 @@ def read_state(path: Path) -> dict[str, Any]:
     state = read_json(path / STATE, "checkpoint.resume")
     if not isinstance(state, dict) or "step" not in state:
         raise AttnEditError("checkpoint.resume", path, "give the folder of a checkpoint (step-...)")
+    return state
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """The same of a checkpoint whose tensors are wanted.
+
+    Raises:
+        AttnEditError: also if a part of it was not copied along.
+    """
+    state = read_state(path)
+    check_indexes(path, state.get("indexes", ()))  # older ones do not say which there are
     return state
 
 
@@ -111,7 +123,7 @@ def check_continuation(
 
 def _check_models(before: dict[str, Any], now: dict[str, Any], config: Config) -> None:
     for what in ("teacher", "teacher_weights"):
-        if before.keys() & now.keys() & {what} and before[what] != now[what]:
+        if what in before and before[what] != now.get(what, before[what]):
             fix = "the run began with a teacher of other weights: go on with that one"
             raise AttnEditError("teacher", config.teacher, fix)
     edit, changed = before.get("edit"), now.get("edit")

@@ -77,13 +77,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _config_path(source: str | Path, field: str) -> Path:
     path = Path(source)
-    if len(path.name) > 255:
-        raise AttnEditError(field, source, "give a shorter name")
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a part of it is too long, or lies where nobody may look
+        fix = f"give a shorter name, or one that can be read ({error.strerror})"
+        raise AttnEditError(field, source, fix) from error
+    if is_folder:
         if not (path / CONFIG_NAME).is_file():
             raise AttnEditError(field, path, f"give a folder that holds a {CONFIG_NAME}")
         return path / CONFIG_NAME
-    if path.exists():
+    if exists:
         return path
     if not _HUB_ID.fullmatch(str(source)):
         raise AttnEditError(field, source, f"give an existing folder or {CONFIG_NAME}, or a hub id")

@@ -19,6 +19,7 @@ from training.resuming import find_checkpoints
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 FSDP2 = ("--run.sharding", "fsdp2")
 TRAINED_ONLY = ("--run.shard_frozen", "false")
 
@@ -38,11 +39,19 @@ def launch(processes: int, *arguments: str) -> None:
         command += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["-m", "training", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=200, check=False
+        command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def torchrun(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Two processes that may fail."""
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), "-m", "training", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=120, check=False
+    )
 
 
 def curve(folder: Path, key: str = "loss") -> list[float]:
@@ -114,14 +123,9 @@ def test_a_cache_that_one_process_lacks(tmp_path, material):
 def test_a_full_disk_ends_every_process(tmp_path, material):
     """One that could not write must not leave the others waiting for its part of the weights."""
     config = write_config(tmp_path / "c.yaml", tmp_path / "unused", *material)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), "-m", "training", "stage2", str(config), *FSDP2]
-    command += ["--optim.micro_batch", "1", "--output", str(tmp_path / "run")]
-    full = ["bash", "-c", 'ulimit -f 256; exec "$@"', "bash", *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(
-        full, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=120, check=False
-    )
+    full = ("bash", "-c", 'ulimit -f 256; exec "$@"', "bash")
+    output = ("--output", str(tmp_path / "run"))
+    done = torchrun("stage2", str(config), *FSDP2, "--optim.micro_batch", "1", *output, prefix=full)
     said = done.stdout + done.stderr
     assert done.returncode != 0
     assert "free space and start again" in said
@@ -132,14 +136,8 @@ def test_a_full_disk_ends_every_process(tmp_path, material):
 def test_all_processes_blame_the_same(tmp_path, material):
     """Each holds a part of every weight, and a NaN may lie in one part alone."""
     config = write_config(tmp_path / "c.yaml", tmp_path / "unused", *material)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), "-m", "training", "stage2", str(config), *FSDP2]
-    command += ["--optim.micro_batch", "1", "--stage2.lr", "1e30", "--optim.warmup", "0"]
-    command += ["--output", str(tmp_path / "run")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=120, check=False
-    )
+    spoilt = ("--stage2.lr", "1e30", "--optim.warmup", "0", "--optim.micro_batch", "1")
+    done = torchrun("stage2", str(config), *FSDP2, *spoilt, "--output", str(tmp_path / "run"))
     lines = [line for line in done.stderr.splitlines() if "not finite at step" in line]
     assert done.returncode != 0
     assert len(lines) == 2, done.stderr

@@ -152,10 +152,8 @@ def command(
         )
         if given
     ]
-    teacher_is_read = not only_save_edit
     if chosen:
-        taken = ("--revision",) if teacher_is_read else ()
-        refuse_others(context, chosen[0], taken)
+        refuse_others(context, chosen[0], () if only_save_edit else ("--revision",))
         with _ending_on_sigterm():
             if compact is not None:
                 nbytes = compact_edit(teacher, compact, out, revision=revision)

@@ -54,16 +54,7 @@ def find_pack(vllm_config: VllmConfig, layer_types: Sequence[str], layer_idx: in
         raise AttnEditError(f"--additional-config {PAGES_OPTION}", option, fix)
     if option == "separate" or (option == "auto" and not current_platform.is_cuda()):
         return None
-    if current_platform.device_type == "npu":
-        logger.warning_once("Window pages are not packed: Ascend's attention takes whole pages.")
-        return None
-    cache = vllm_config.cache_config
-    reason = None
-    if cache.kv_sharing_fast_prefill:
-        reason = "--kv-sharing-fast-prefill would take layers that share a page for layers that "
-        reason += "share keys and values"
-    elif cache.kv_cache_dtype_skip_layers:
-        reason = "--kv-cache-dtype-skip-layers gives layers that would share a page two data types"
+    reason = _reason_against(vllm_config)
     if reason is not None:
         logger.warning_once("Window pages are not packed: %s.", reason)
         return None
@@ -75,3 +66,18 @@ def find_pack(vllm_config: VllmConfig, layer_types: Sequence[str], layer_idx: in
     windows = [i for i, kind in enumerate(layer_types) if kind == SLIDING]
     place, slot = divmod(windows.index(layer_idx), size)
     return Pack(holder=windows[place * size], slot=slot, size=size)
+
+
+def _reason_against(vllm_config: VllmConfig) -> str | None:
+    """Why pages cannot be shared here, whatever the layers are; ``None`` if they can."""
+    if current_platform.device_type == "npu":
+        return "Ascend's attention takes whole pages"
+    cache = vllm_config.cache_config
+    if cache.kv_sharing_fast_prefill:
+        return (
+            "--kv-sharing-fast-prefill would take layers that share a page for layers that share "
+            "keys and values"
+        )
+    if cache.kv_cache_dtype_skip_layers:
+        return "--kv-cache-dtype-skip-layers gives layers that would share a page two data types"
+    return None
