@@ -142,11 +142,10 @@ class LatentInitialiser:
 
         made = output_and_gate(self._store, layer, shapes)
         made |= self._query_tensors(prefix, q_rows.flatten(0, 1), inputs.query)
-        made |= self._as_linear(
-            f"{prefix}kv_a_proj_with_mqa", torch.cat([factors.reduce, split.k_rope])
-        )
+        reduce = factors.plain_reduce if edit.per_head_norm else factors.reduce
+        made |= self._as_linear(f"{prefix}kv_a_proj_with_mqa", torch.cat([reduce, split.k_rope]))
         if edit.per_head_norm:
-            nope = k_expand @ factors.reduce  # (G, C, I)
+            nope = k_expand @ reduce  # (G, C, I)
             shared = split.k_rope.expand(groups, -1, -1)
             k_rows = torch.cat([nope, shared], dim=1)
             made[f"{prefix}q_norm.weight"] = _constant_norm(q_rows, inputs.query)

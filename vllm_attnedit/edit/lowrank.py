@@ -14,6 +14,11 @@ leave the product intact the latent has to have the same length for every token:
   the input that is nearest to 1 on average, ``x^T M^-1 E[x]``: the normed inputs of trained models
   have a mean so large that this varies by a few percent, attention sinks included. How much larger
   the constant is follows from how constant it is.
+
+Behind the norm the constant is as long as the other latents: its weight takes the length back. The
+factors are the same without that, as nothing expands the constant yet; but AdamW moves every entry
+of ``expand`` alike, so each step would add a bias as many times too large as the constant is long
+(some 100 times: training at a learning rate of 1e-3 then undoes the start within 100 steps).
 """
 
 from __future__ import annotations
@@ -75,13 +80,22 @@ class Factors:
 
     Attributes:
         reduce: (R, I), what makes the latent.
-        norm_weight: (R,), the weight with which the norm is the identity on average.
+        norm_weight: (R,), the weight behind which every latent has a mean square of 1.
         expand: (rows, R).
+        constant_length: of the last latent before the norm, if that is the constant, else 1.
     """
 
     reduce: Tensor
     norm_weight: Tensor
     expand: Tensor
+    constant_length: float
+
+    @property
+    def plain_reduce(self) -> Tensor:
+        """(R, I), what makes the latent where no norm follows: all of a mean square of 1."""
+        plain = self.reduce.clone()
+        plain[-1] /= self.constant_length
+        return plain
 
 
 def factorise(rows: Tensor, moment: SecondMoment, rank: int) -> Factors:
@@ -97,11 +111,14 @@ def factorise(rows: Tensor, moment: SecondMoment, rank: int) -> Factors:
     expand = torch.zeros(rows.shape[0], rank, dtype=torch.float64)
     reduce[:kept] = (vectors.T @ rows) / scale[:, None]
     expand[:, :kept] = vectors * scale
+    length = 1.0
     if constant is not None:
-        reduce[-1] = constant * constant_gain(constant, moment) * rank**0.5
+        length = constant_gain(constant, moment) * rank**0.5
+        reduce[-1] = constant * length
     mean_square = moment.energy(reduce) / rank
     weight = torch.full((rank,), max(mean_square, 1e-30) ** 0.5, dtype=torch.float64)
-    return Factors(reduce, weight, expand)
+    weight[-1] /= length
+    return Factors(reduce, weight, expand, length)
 
 
 def constant_gain(constant: Tensor, moment: SecondMoment) -> float:

@@ -65,7 +65,13 @@ def test_with_a_constant_latent_the_norm_is_the_identity(source):
         weight = torch.cat([weight, torch.randn(6, 1).double()], 1)
     moment = moment_of(x, has_one=source == "bias", mean=source == "mean")
     factors = factorise(weight, moment, 7)
-    through = rms_normed(x @ factors.reduce.T, factors.norm_weight) @ factors.expand.T
+    latent = rms_normed(x @ factors.reduce.T, factors.norm_weight)
+    # The constant too: AdamW's step on what expands it would else be as many times too large.
+    assert latent.square().mean(0).tolist() == pytest.approx([1.0] * 7, rel=0.1)
+    assert (x @ factors.plain_reduce.T).square().mean(0).tolist() == pytest.approx(
+        [1.0] * 7, rel=0.1
+    )
+    through = latent @ factors.expand.T
     exact = x @ weight.T
     tolerance = 2e-3 if source == "bias" else 0.1  # a mean is only nearly constant
     assert (through - exact).norm() <= tolerance * exact.norm()
