@@ -252,6 +252,7 @@ TRAINED = {
     "gateswa-long-everything": "and 100M more, both",
     "gateswa-random": "GateSWA from random weights, 70M",
     "mla-inherit@untrained": "MLA, untrained",
+    "mla-stage1": "MLA, 30M tokens of Stage 1 alone",
     "mla-inherit": "MLA, 155M tokens",
     "mla-random": "MLA from random weights, 80M",
     "sinks": "windows and 4 sinks, every 6th layer full",
@@ -269,6 +270,8 @@ ABLATION = {
     "window-256": "window 256",
     "window-512": "window 512",
     "early": "full layers 0, 4, 8, 12, 16",
+    "mla": "MLA, 1e-4 in Stage 2",
+    "mla-3e-4": "MLA, 3e-4 in Stage 2",
 }
 
 

@@ -138,20 +138,22 @@ class LatentInitialiser:
         )
         gain = (edit.qk_head_dim / config.head_dim) ** 0.5
         q_rows = gain * torch.cat([self._rope_gain * q_nope, split.q_rope], dim=1)
-        kv_rows = torch.cat([k_expand, v_expand], dim=1).repeat_interleave(heads // groups, 0)
+        factors = factors.balanced(torch.cat([k_expand, v_expand], dim=1).flatten(0, 1))
+        kv_rows = factors.expand.unflatten(0, (groups, -1))
 
         made = output_and_gate(self._store, layer, shapes)
         made |= self._query_tensors(prefix, q_rows.flatten(0, 1), inputs.query)
         reduce = factors.plain_reduce if edit.per_head_norm else factors.reduce
         made |= self._as_linear(f"{prefix}kv_a_proj_with_mqa", torch.cat([reduce, split.k_rope]))
         if edit.per_head_norm:
-            nope = k_expand @ reduce  # (G, C, I)
+            nope = kv_rows[:, : edit.qk_nope_head_dim] @ reduce  # (G, C, I)
             shared = split.k_rope.expand(groups, -1, -1)
             k_rows = torch.cat([nope, shared], dim=1)
             made[f"{prefix}q_norm.weight"] = _constant_norm(q_rows, inputs.query)
             made[f"{prefix}k_norm.weight"] = _constant_norm(k_rows, inputs.key)
         else:
             made[f"{prefix}kv_a_layernorm.weight"] = factors.norm_weight
+        kv_rows = kv_rows.repeat_interleave(heads // groups, 0)
         made[f"{prefix}kv_b_proj.weight"] = kv_rows.flatten(0, 1)
         return made, energy
 
@@ -173,7 +175,7 @@ class LatentInitialiser:
         rank = self._config.edit.q_lora_rank
         if rank is None:
             return self._as_linear(f"{prefix}q_proj", rows)
-        factors = factorise(rows, moment, rank)
+        factors = factorise(rows, moment, rank).balanced()
         return {
             **self._as_linear(f"{prefix}q_a_proj", factors.reduce),
             f"{prefix}q_a_layernorm.weight": factors.norm_weight,

@@ -15,15 +15,17 @@ leave the product intact the latent has to have the same length for every token:
   have a mean so large that this varies by a few percent, attention sinks included. How much larger
   the constant is follows from how constant it is.
 
-Behind the norm the constant is as long as the other latents: its weight takes the length back. The
-factors are the same without that, as nothing expands the constant yet; but AdamW moves every entry
-of ``expand`` alike, so each step would add a bias as many times too large as the constant is long
-(some 100 times: training at a learning rate of 1e-3 then undoes the start within 100 steps).
+The factors are then balanced, for training: AdamW moves every entry of ``expand`` by the learning
+rate, so that each step changes the product by as much as the latents are long. White latents are
+all too long but the strongest, the constant some 100 times, and training undid such a start within
+100 steps. So each latent gets the length of what it brings: the columns of ``expand`` are made
+equal, and the norm's weights (or ``reduce``, where no norm follows) take what they had. The
+constant, which nothing expands yet, becomes as long as the others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,22 +82,39 @@ class Factors:
 
     Attributes:
         reduce: (R, I), what makes the latent.
-        norm_weight: (R,), the weight behind which every latent has a mean square of 1.
         expand: (rows, R).
-        constant_length: of the last latent before the norm, if that is the constant, else 1.
+        length: of the latent from token to token, root mean square of its elements.
+        constant_length: of the last element, if that is the constant, else 1.
+        scale: (R,), of the elements behind the norm.
     """
 
     reduce: Tensor
-    norm_weight: Tensor
     expand: Tensor
+    length: float
     constant_length: float
+    scale: Tensor
+
+    @property
+    def norm_weight(self) -> Tensor:
+        """(R,), the weight with which the norm is ``scale`` on average."""
+        return self.length * self.scale
 
     @property
     def plain_reduce(self) -> Tensor:
-        """(R, I), what makes the latent where no norm follows: all of a mean square of 1."""
-        plain = self.reduce.clone()
-        plain[-1] /= self.constant_length
-        return plain
+        """(R, I), what makes the latent where no norm follows."""
+        return self.scale[:, None] * self.reduce
+
+    def balanced(self, expand: Tensor | None = None) -> Factors:
+        """The same map with all columns of ``expand`` equally long.
+
+        Args:
+            expand: (any rows, R), in its place.
+        """
+        expand = self.expand if expand is None else expand
+        columns = expand.square().mean(0).sqrt()
+        typical = columns.square().mean().sqrt()
+        scale = torch.where(columns > 0, columns / typical, 1 / self.constant_length)
+        return replace(self, expand=expand / scale, scale=scale)
 
 
 def factorise(rows: Tensor, moment: SecondMoment, rank: int) -> Factors:
@@ -111,14 +130,12 @@ def factorise(rows: Tensor, moment: SecondMoment, rank: int) -> Factors:
     expand = torch.zeros(rows.shape[0], rank, dtype=torch.float64)
     reduce[:kept] = (vectors.T @ rows) / scale[:, None]
     expand[:, :kept] = vectors * scale
-    length = 1.0
+    constant_length = 1.0
     if constant is not None:
-        length = constant_gain(constant, moment) * rank**0.5
-        reduce[-1] = constant * length
-    mean_square = moment.energy(reduce) / rank
-    weight = torch.full((rank,), max(mean_square, 1e-30) ** 0.5, dtype=torch.float64)
-    weight[-1] /= length
-    return Factors(reduce, weight, expand, length)
+        constant_length = constant_gain(constant, moment) * rank**0.5
+        reduce[-1] = constant * constant_length
+    length = max(moment.energy(reduce) / rank, 1e-30) ** 0.5
+    return Factors(reduce, expand, length, constant_length, torch.ones_like(reduce[:, 0]))
 
 
 def constant_gain(constant: Tensor, moment: SecondMoment) -> float:

@@ -65,13 +65,7 @@ def test_with_a_constant_latent_the_norm_is_the_identity(source):
         weight = torch.cat([weight, torch.randn(6, 1).double()], 1)
     moment = moment_of(x, has_one=source == "bias", mean=source == "mean")
     factors = factorise(weight, moment, 7)
-    latent = rms_normed(x @ factors.reduce.T, factors.norm_weight)
-    # The constant too: AdamW's step on what expands it would else be as many times too large.
-    assert latent.square().mean(0).tolist() == pytest.approx([1.0] * 7, rel=0.1)
-    assert (x @ factors.plain_reduce.T).square().mean(0).tolist() == pytest.approx(
-        [1.0] * 7, rel=0.1
-    )
-    through = latent @ factors.expand.T
+    through = rms_normed(x @ factors.reduce.T, factors.norm_weight) @ factors.expand.T
     exact = x @ weight.T
     tolerance = 2e-3 if source == "bias" else 0.1  # a mean is only nearly constant
     assert (through - exact).norm() <= tolerance * exact.norm()
@@ -79,6 +73,37 @@ def test_with_a_constant_latent_the_norm_is_the_identity(source):
     plain = factorise(weight, SecondMoment(moment.matrix, None, False), 7)
     without = rms_normed(x @ plain.reduce.T, plain.norm_weight) @ plain.expand.T
     assert (without - exact).norm() > 2 * (through - exact).norm()
+
+
+@pytest.mark.parametrize("rank", [4, 7, 12])
+def test_balanced_factors_are_the_same_map_at_one_scale(rank):
+    """AdamW moves all of ``expand`` alike: no latent may be longer than what it brings."""
+    x = torch.cat([correlated(8, 500, 3, mean=2.0), torch.ones(500, 1).double()], 1)
+    weight = torch.randn(6, 9).double()
+    given = factorise(weight, moment_of(x, has_one=True), rank)
+    factors = given.balanced()
+    white = rms_normed(x @ given.reduce.T, given.norm_weight)
+    latent = rms_normed(x @ factors.reduce.T, factors.norm_weight)
+    assert torch.allclose(latent @ factors.expand.T, white @ given.expand.T, rtol=1e-9)
+    plain = factors.plain_reduce
+    assert torch.allclose(factors.expand @ plain, given.expand @ given.reduce, rtol=1e-9)
+
+    brings = (white * given.expand.square().sum(0).sqrt()).square().mean(0).sqrt()
+    kept = min(rank - 1, 6)
+    columns = factors.expand.square().mean(0).sqrt()
+    assert columns[:kept].tolist() == pytest.approx([float(columns[0])] * kept)
+    for made in (latent, x @ plain.T):
+        size = made.square().mean(0).sqrt()
+        assert torch.allclose(size[:kept] / size[0], brings[:kept] / brings[0], rtol=0.05)
+        assert float(size[-1]) == pytest.approx(1.0, rel=0.01)  # some 200 before
+
+
+def test_factors_can_be_balanced_for_other_rows():
+    x = correlated(8, 500, 4)
+    factors = factorise(torch.randn(6, 8).double(), moment_of(x), 5)
+    other = torch.randn(10, 6).double() @ factors.expand
+    balanced = factors.balanced(other)
+    assert torch.allclose(balanced.expand @ balanced.plain_reduce, other @ factors.reduce)
 
 
 def test_weighting_is_a_square_root_and_its_inverse():

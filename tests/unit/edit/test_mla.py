@@ -155,17 +155,21 @@ def test_a_kept_norm_is_the_teachers(tmp_path):
     assert gaps["per_head"] <= 1e-3 < 0.1 < gaps[None], gaps
 
 
-@pytest.mark.parametrize("family, norm", [("llama", None), ("qwen2", None), ("qwen3", "per_head")])
-def test_all_latents_in_the_cache_are_of_one_size(teacher_of, tmp_path, family, norm):
-    """The constant one too, which a norm needs a hundred times as long as the others: behind the
-    norm, or without one, that would be a hundredfold learning rate and beyond what FP8 holds."""
+@pytest.mark.parametrize(
+    ("family", "norm"), [("llama", None), ("qwen2", None), ("qwen3", "per_head")]
+)
+def test_the_constant_in_the_cache_is_no_longer_than_other_latents(
+    teacher_of, tmp_path, family, norm
+):
+    """A norm needs it a hundred times as long: behind the norm, or without one, that would be a
+    hundredfold learning rate, and more than FP8 holds."""
     plan = EditPlan(target="mla", qk_norm=norm)
     edit_checkpoint(teacher_of(family), tmp_path / "out", plan, calibration=calibration())
     with torch.no_grad():
         cache = load(tmp_path / "out")(tokens(256), use_cache=True).past_key_values
     for layer in cache.layers:
         sizes = layer.keys.float().square().mean((0, 1, 2)).sqrt()
-        assert sizes.max() < 5.0, sizes
+        assert 0.2 < sizes[-1] < 3.0 < 2 * sizes.max() < 40.0, sizes
 
 
 def test_a_norm_that_is_not_there_cannot_be_kept(teacher_of, tmp_path):
