@@ -328,3 +328,12 @@ def test_the_table_of_the_ablation_is_that_of_the_result() -> None:
         same, kl = (row["value"] for row in agreement)
         cells = [words, f"{value:,.2f}", f"{value / teacher - 1:.1%}", f"{same:.1%}", f"{kl:.3f}"]
         assert f"| {' | '.join([*cells, f'{last[name]:.3f}'])} |" in text, name
+
+
+def test_the_table_of_mlas_start_is_that_of_the_result() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    table = text[text.index("### What MLA's start") : text.index("### The edit of the demo")]
+    for row in _rows("training_mla_start_cpu.json"):
+        mean = row["metric"] in ("KL to the teacher", "relative squared error")
+        if mean or "stage2-3e-4" in row["case"]:
+            assert f"{row['value']:.3f}" in table, row
