@@ -34,11 +34,12 @@ def loss(folder: Path, text: str) -> float:
 
 def test_training_took_back_most_of_what_windows_cost(teacher: Path, tmp_path: Path) -> None:
     trained = apply(teacher, tmp_path / "trained", "--from-edit", EDIT)
-    types = json.loads((trained / "config.json").read_text())["attention_edit"]["layer_types"]
+    about = json.loads((trained / "config.json").read_text())["attention_edit"]
+    types, window = about["layer_types"], about["sliding_window"]
     full = ",".join(str(i) for i, kind in enumerate(types) if kind == "full_attention")
-    start = apply(teacher, tmp_path / "start", "--target", "gateswa", "--full-layers", full)
-    wide = ["--target", "gateswa", "--window", "4096"]
-    whole = apply(teacher, tmp_path / "whole", *wide)
+    gateswa = ["--target", "gateswa", "--full-layers", full, "--window"]
+    start = apply(teacher, tmp_path / "start", *gateswa, window)
+    whole = apply(teacher, tmp_path / "whole", *gateswa, 4096)
     # Windows of 4,096 hide nothing of 1,024 tokens: this is the teacher.
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     untrained, after, best = (loss(folder, text) for folder in (start, trained, whole))
