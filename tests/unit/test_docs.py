@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,12 +253,25 @@ TRAINED = {
     "gateswa-long-everything": "and 100M more, both",
     "gateswa-random": "GateSWA from random weights, 70M",
     "mla-inherit@untrained": "MLA, untrained",
-    "mla-stage1": "MLA, 30M tokens of Stage 1 alone",
-    "mla-inherit": "MLA, 155M tokens",
+    "mla-stage1": "the earlier start, 30M of Stage 1 alone",
+    "mla-inherit": "the earlier start, 155M tokens",
     "mla-random": "MLA from random weights, 80M",
     "sinks": "windows and 4 sinks, every 6th layer full",
     "sinks-chosen": "windows and 4 sinks, chosen layers full",
     "windows-chosen": "windows, chosen layers full",
+}
+FURTHER = {
+    "gateswa-256": "GateSWA, window 256, 100M tokens",
+    "gateswa-random-steps": "the same, 64M in four times the steps",
+    "mla-stage1": "MLA, 30M tokens of Stage 1 alone",
+    "mla-3e-4": "MLA, 150M tokens",
+}
+QWEN = {
+    "teacher": "teacher",
+    "gateswa-256@untrained": "GateSWA, untrained",
+    "gateswa-256": "GateSWA, 24M tokens",
+    "sinks": "windows and 4 sinks, every 6th layer full",
+    "sinks-chosen": "windows and 4 sinks, chosen layers full",
 }
 ABLATION = {
     "base": "base: window 128, gate, from the teacher's attention",
@@ -270,8 +284,17 @@ ABLATION = {
     "window-256": "window 256",
     "window-512": "window 512",
     "early": "full layers 0, 4, 8, 12, 16",
-    "mla": "MLA, 1e-4 in Stage 2",
-    "mla-3e-4": "MLA, 3e-4 in Stage 2",
+    "mla": "MLA, the earlier start, 1e-4 in Stage 2",
+    "mla-3e-4": "MLA, the earlier start, 3e-4 in Stage 2",
+}
+LAYERS = {
+    "seed-1": "base with another seed",
+    "gate-elementwise": "a gate for every element",
+    "layers-other-text": "full layers 15, 17, 18, 20, 23 (chosen on other text)",
+    "layers-plain": "full layers 12, 14, 17, 18, 20 (chosen without sinks)",
+    "layers-wide": "full layers 8, 13, 17, 20, 24",
+    "layers-spaced": "full layers 11, 14, 17, 20, 23",
+    "every-sixth": "every sixth layer full",
 }
 
 
@@ -294,40 +317,80 @@ def _tasks(rows: dict[tuple[str, str], Any], examples: int) -> str:
     return f"{value} ({100 * mean['difference']:+.2f} ± {100 * half:.2f})"
 
 
-def test_the_table_of_trained_models_is_that_of_the_result() -> None:
-    text = (ROOT / "docs" / "training.md").read_text()
-    models = _models("training_smollm2_h200.json")
-    assert set(models) == set(TRAINED)
-    for name, rows in models.items():
-        cells = [TRAINED[name], f"{rows['KV cache', 'bytes a token']['value']:,.0f}"]
-        for length in (1024, 2048, 4096, 8192):
-            row = rows[f"perplexity wikitext2 L{length}", "perplexity"]
-            cells.append(f"{row['value']:.2f}")
-        if name == "teacher":
-            cells += ["", ""]
-        else:
-            agreement = [rows["agreement wikitext2 L2048", what] for what in ("top1", "kl")]
-            cells += [f"{agreement[0]['value']:.1%}", f"{agreement[1]['value']:.3f}"]
-        cells += [_tasks(rows, examples) for examples in (0, 5)]
-        assert f"| {' | '.join(cells)} |" in text, name
+def _line(name: str, rows: dict[tuple[str, str], Any], shots: Sequence[int]) -> str:
+    cells = [f"{rows['KV cache', 'bytes a token']['value']:,.0f}"]
+    for length in (1024, 2048, 4096, 8192):
+        cells.append(f"{rows[f'perplexity wikitext2 L{length}', 'perplexity']['value']:.2f}")
+    if name == "teacher":
+        cells += ["", ""]
+    else:
+        agreement = [rows["agreement wikitext2 L2048", what] for what in ("top1", "kl")]
+        cells += [f"{agreement[0]['value']:.1%}", f"{agreement[1]['value']:.3f}"]
+    return " | ".join([*cells, *(_tasks(rows, examples) for examples in shots)])
 
 
-def test_the_table_of_the_ablation_is_that_of_the_result() -> None:
+@pytest.mark.parametrize(
+    ("result", "words", "shots"),
+    [
+        ("smollm2", TRAINED, (0, 5)),
+        ("smollm2_further", FURTHER, (0, 5)),
+        ("qwen2.5_coder_0.5b", QWEN, (0,)),
+    ],
+)
+def test_the_table_of_trained_models_is_that_of_the_result(
+    result: str, words: dict[str, str], shots: Sequence[int]
+) -> None:
     text = (ROOT / "docs" / "training.md").read_text()
-    models = _models("training_ablation_h200.json")
+    models = _models(f"training_{result}_h200.json")
+    assert set(models) == {*words, "teacher"}
+    for name, label in words.items():
+        assert f"| {label} | {_line(name, models[name], shots)} |" in text, name
+
+
+def test_models_of_two_machines_stand_beside_one_teacher() -> None:
+    results = ("training_smollm2_h200.json", "training_smollm2_further_h200.json")
+    first, second = (_line("teacher", _models(name)["teacher"], ()) for name in results)
+    assert first == second
+
+
+@pytest.mark.parametrize(("result", "words"), [("", ABLATION), ("_layers", LAYERS)])
+def test_the_table_of_the_ablation_is_that_of_the_result(
+    result: str, words: dict[str, str]
+) -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    models = _models(f"training_ablation{result}_h200.json")
     last = {
         row["case"].split()[-1]: row["value"]
-        for row in _rows("training_ablation_h200.json")
+        for row in _rows(f"training_ablation{result}_h200.json")
         if row["metric"] == "KL to the teacher"
     }
-    assert set(last) == set(ABLATION)
+    assert set(last) == set(words)
     teacher = models["teacher"]["perplexity wikitext2 L2048", "perplexity"]["value"]
-    for name, words in ABLATION.items():
+    for name, label in words.items():
         value = models[name]["perplexity wikitext2 L2048", "perplexity"]["value"]
         agreement = [models[name]["agreement wikitext2 L2048", what] for what in ("top1", "kl")]
         same, kl = (row["value"] for row in agreement)
-        cells = [words, f"{value:,.2f}", f"{value / teacher - 1:.1%}", f"{same:.1%}", f"{kl:.3f}"]
+        cells = [label, f"{value:,.2f}", f"{value / teacher - 1:.1%}", f"{same:.1%}", f"{kl:.3f}"]
         assert f"| {' | '.join([*cells, f'{last[name]:.3f}'])} |" in text, name
+
+
+def test_the_table_of_the_demo_is_that_of_the_result() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    table = text[text.index("### The edit of the demo") : text.index("### On two CPU cores")]
+    models = _models("training_demo_cpu.json")
+    for (what, _), row in models["kept"].items():
+        if tokens := re.search(r"after (\d+)-(\d+) tokens", what):
+            words = [f"{int(end):,}" for end in tokens.groups()]
+            other = models["sinks"][what, row["metric"]]
+            cells = [f"{words[0]} to {words[1]}"]
+            for one in (row, other):
+                half = (one["high"] - one["low"]) / 2
+                cells.append(f"{one['value']:+.3f} ± {half:.3f}" if one["value"] else "0")
+            assert f"| {' | '.join(cells)} |" in table, what
+        elif what.startswith("perplexity"):
+            assert f"{row['value']:.2f}" in table
+            assert f"{models['teacher'][what, row['metric']]['value']:.2f}" in table
+            assert f"{models['sinks'][what, row['metric']]['value']:.2f}" in table
 
 
 def test_the_table_of_mlas_start_is_that_of_the_result() -> None:
