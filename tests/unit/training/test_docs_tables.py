@@ -33,6 +33,7 @@ FURTHER = {
     "mla-stage1": "MLA, 30M tokens of Stage 1 alone",
     "mla-3e-4": "MLA, 150M tokens",
 }
+TASKS_ELSEWHERE = {"mla-3e-4": "training_mla_tasks_cpu.json"}
 QWEN = {
     "teacher": "teacher",
     "gateswa-256@untrained": "GateSWA, untrained",
@@ -110,7 +111,10 @@ def test_the_table_of_trained_models_is_that_of_the_result(
     models = models_of(f"training_{result}_h200.json")
     assert set(models) == {*words, "teacher"}
     for name, label in words.items():
-        assert f"| {label} | {_line(name, models[name], shots)} |" in text, name
+        rows = models[name]
+        if name in TASKS_ELSEWHERE and result == "smollm2_further":
+            rows = models_of(TASKS_ELSEWHERE[name])[name] | rows
+        assert f"| {label} | {_line(name, rows, shots)} |" in text, name
 
 
 def test_models_of_two_machines_stand_beside_one_teacher() -> None:
@@ -154,6 +158,26 @@ def test_the_table_of_the_demo_is_that_of_the_result() -> None:
             assert f"{row['value']:.2f}" in table
             assert f"{models['teacher'][what, row['metric']]['value']:.2f}" in table
             assert f"{models['sinks'][what, row['metric']]['value']:.2f}" in table
+
+
+def test_the_table_of_runs_of_one_token_is_that_of_the_result() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    table = text[text.index("### Runs of one token") : text.index("### On two CPU cores")]
+    models = models_of("training_repetition_cpu.json")
+    columns = [(m, t) for m in ("gateswa-256", "sinks", "mla") for t in ("one", "ha", "pattern")]
+    ranges = {
+        tokens.groups()
+        for what, _ in models["mla"]
+        if (tokens := re.search(r"after (\d+)-(\d+) tokens", what))
+    }
+    assert len(ranges) == 5
+    for first, last in ranges:
+        cells = [f"{int(first):,} to {int(last):,}"]
+        for model, kind in columns:
+            what = f"{kind} L2048 after {first}-{last} tokens"
+            (row,) = (row for (name, _), row in models[model].items() if name == what)
+            cells.append(f"{row['value']:+.2f}")
+        assert f"| {' | '.join(cells)} |" in table, cells
 
 
 def test_the_table_of_mlas_start_is_that_of_the_result() -> None:
