@@ -66,6 +66,17 @@ LAYERS = {
 }
 
 
+def _section(title: str) -> str:
+    """What stands under a heading of the third level."""
+    return PAGE.read_text(encoding="utf-8").split(f"### {title}\n")[1].split("\n### ")[0]
+
+
+def _seen(what: str) -> str | None:
+    """The cell of how many tokens a prediction has seen, where that was measured apart."""
+    ends = re.search(r"after (\d+)-(\d+) tokens", what)
+    return " to ".join(f"{int(end):,}" for end in ends.groups()) if ends else None
+
+
 def _half(row: dict[str, Any], of: str = "") -> float:
     """Of an interval: a value's, or its ``difference``'s."""
     return float(row[f"{of}high"] - row[f"{of}low"]) / 2
@@ -112,7 +123,7 @@ def test_the_table_of_trained_models_is_that_of_the_result(
     assert set(models) == {*words, "teacher"}
     for name, label in words.items():
         rows = models[name]
-        if name in TASKS_ELSEWHERE and result == "smollm2_further":
+        if name in TASKS_ELSEWHERE:
             rows = models_of(TASKS_ELSEWHERE[name])[name] | rows
         assert f"| {label} | {_line(name, rows, shots)} |" in text, name
 
@@ -143,46 +154,37 @@ def test_the_table_of_the_ablation_is_that_of_the_result(
 
 
 def test_the_table_of_the_demo_is_that_of_the_result() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    table = text[text.index("### The edit of the demo") : text.index("### On two CPU cores")]
+    table = _section("The edit of the demo")
     models = models_of("training_demo_cpu.json")
-    for (what, _), row in models["kept"].items():
-        if tokens := re.search(r"after (\d+)-(\d+) tokens", what):
-            words = [f"{int(end):,}" for end in tokens.groups()]
-            other = models["sinks"][what, row["metric"]]
-            cells = [f"{words[0]} to {words[1]}"]
+    for (what, metric), row in models["kept"].items():
+        other = models["sinks"][what, metric]
+        if seen := _seen(what):
+            cells = [seen]
             for one in (row, other):
                 cells.append(f"{one['value']:+.3f} ± {_half(one):.3f}" if one["value"] else "0")
             assert f"| {' | '.join(cells)} |" in table, what
         elif what.startswith("perplexity"):
-            assert f"{row['value']:.2f}" in table
-            assert f"{models['teacher'][what, row['metric']]['value']:.2f}" in table
-            assert f"{models['sinks'][what, row['metric']]['value']:.2f}" in table
+            for one in (row, models["teacher"][what, metric], other):
+                assert f"{one['value']:.2f}" in table
 
 
 def test_the_table_of_runs_of_one_token_is_that_of_the_result() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    table = text[text.index("### Runs of one token") : text.index("### On two CPU cores")]
+    table = _section("Runs of one token")
     models = models_of("training_repetition_cpu.json")
-    columns = [(m, t) for m in ("gateswa-256", "sinks", "mla") for t in ("one", "ha", "pattern")]
-    ranges = {
-        tokens.groups()
-        for what, _ in models["mla"]
-        if (tokens := re.search(r"after (\d+)-(\d+) tokens", what))
-    }
-    assert len(ranges) == 5
-    for first, last in ranges:
-        cells = [f"{int(first):,} to {int(last):,}"]
-        for model, kind in columns:
-            what = f"{kind} L2048 after {first}-{last} tokens"
-            (row,) = (row for (name, _), row in models[model].items() if name == what)
-            cells.append(f"{row['value']:+.2f}")
-        assert f"| {' | '.join(cells)} |" in table, cells
+    lines: dict[str, list[str]] = {}
+    for model in ("gateswa-256", "sinks", "mla"):
+        for text in ("one", "ha", "pattern"):
+            for (what, _), row in models[model].items():
+                if what.startswith(f"{text} ") and (seen := _seen(what)):
+                    lines.setdefault(seen, []).append(f"{row['value']:+.2f}")
+    assert len(lines) == 5
+    for seen, cells in lines.items():
+        assert len(cells) == 9
+        assert f"| {' | '.join([seen, *cells])} |" in table, seen
 
 
 def test_the_table_of_mlas_start_is_that_of_the_result() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    table = text[text.index("### What MLA's start") : text.index("### The edit of the demo")]
+    table = _section("What MLA's start must look like")
     for row in rows_of("training_mla_start_cpu.json"):
         mean = row["metric"] in ("KL to the teacher", "relative squared error")
         if mean or "stage2-3e-4" in row["case"]:
